@@ -1,0 +1,76 @@
+# Paths are relative, so that a checkout in a folder with spaces in its name works too.
+PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
+
+# A Paddle that was asked for once stays asked for when the environment is made anew.
+PADDLE_FILE := .venv/paddle.txt
+PADDLE_KEPT := $(shell cat $(PADDLE_FILE) 2>/dev/null)
+PADDLE ?= $(or $(PADDLE_KEPT),paddlepaddle==3.3.1)
+PADDLE_ASKED := $(if $(filter file,$(origin PADDLE)),$(PADDLE_KEPT),$(PADDLE))
+
+RUN := .venv/bin/python
+# Both names: pip before 25.3 reads the first one for what builds a package, later ones the second.
+PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install -qq --use-pep517
+
+OUT := demo_output
+VQ := $(OUT)/checkpoints/Emu3-VisionTokenizer
+PICTURE := paddlemix/demo_images/emu3_demo.png
+EXAMPLES := paddlemix/examples/emu3
+
+.PHONY: help venv demo lint test clean asked-again
+
+help:
+	@echo "make demo   the three commands on small random checkpoints, results in $(OUT)/"
+	@echo "make test   ruff and pytest"
+	@echo "make lint   ruff alone"
+	@echo "make venv   .venv with all that is needed; the others make it themselves"
+	@echo "make clean  remove all of that"
+	@echo
+	@echo "PYTHON=...  the Python to use: 3.10, 3.11 or 3.12"
+	@echo "PADDLE=...  the Paddle to install; on a GPU machine, once:"
+	@echo '    make venv PADDLE="paddlepaddle-gpu==3.3.1 -i https://www.paddlepaddle.org.cn/packages/stable/cu126/"'
+
+venv: .venv/ready
+
+ifneq ($(PADDLE_ASKED),$(PADDLE_KEPT))
+.venv/ready: asked-again
+endif
+
+# A `python3.x` can be a shim that only says "command not found", and a Python can lack ensurepip: so each is
+# tried. Paddle comes last and by itself, because its GPU index has to replace the usual one for that call.
+.venv/ready: requirements.txt requirements-dev.txt constraints.txt setup.py pyproject.toml
+	@for python in $(PYTHONS); do \
+		found=$$("$$python" -c 'import platform; print(platform.python_version())' 2>/dev/null) || found="does not run"; \
+		case $$found in 3.10.*|3.11.*|3.12.*) \
+			"$$python" -c 'import ensurepip, venv' 2>/dev/null && break; found="$$found without venv";; \
+		esac; \
+		all="$$all, $$python ($$found)"; python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "make venv: Python 3.10, 3.11 or 3.12 is needed, found $${all#, }; name one with PYTHON=..." >&2; exit 1; \
+	fi; \
+	echo "Making .venv with Python $$found and $(PADDLE): some minutes the first time"; \
+	"$$python" -m venv --clear .venv
+	@$(PIP) -r requirements.txt -r requirements-dev.txt
+	@$(PIP) $(PADDLE)
+	@$(PIP) --no-build-isolation --no-deps -e .
+	@$(if $(PADDLE_ASKED),echo '$(PADDLE_ASKED)' > $(PADDLE_FILE))
+	@touch $@
+
+demo: venv
+	$(RUN) tools/make_demo_checkpoints.py $(OUT)/checkpoints
+	$(RUN) $(EXAMPLES)/autoencode.py --model_path=$(VQ) --image_path=$(PICTURE) --output_dir=$(OUT)
+	$(RUN) $(EXAMPLES)/run_generation_inference.py --model_path=$(OUT)/checkpoints/Emu3-Gen --vq_model_path=$(VQ) \
+		--prompt="a portrait of young girl." --ratio="1:1" --height=128 --width=128 --dtype=float32 --output_dir=$(OUT)
+	$(RUN) $(EXAMPLES)/run_understanding_inference.py --model_path=$(OUT)/checkpoints/Emu3-Chat --vq_model_path=$(VQ) \
+		--image_path=$(PICTURE) --question="Please describe the image breifly" --max_new_tokens=32 --dtype=float32
+
+lint: venv
+	$(RUN) -m ruff check .
+
+test: lint
+	$(RUN) -m pytest
+
+clean:
+	rm -rf .venv $(OUT) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,108 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Draw pictures from prompts."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[3])  # this checkout's paddlemix, installed or not
+
+from paddlemix.examples.emu3.common import (  # noqa: E402
+    Stopwatch, add_dtype, free_paths, load_models, make_parser, note, progress_bar, run, save_picture, write_stats,
+    wrote,
+)  # fmt: skip
+
+
+def main(args):
+    from paddlemix.models.emu3 import generate_images
+    from paddlemix.models.emu3.generation_emu3 import NEGATIVE_PROMPT, POSITIVE_PROMPT, Sampling
+    from paddlemix.processors import Emu3Processor
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, new_seed() if args.seed is None else args.seed)
+    prompts, ratios = one_each(args)
+    with Stopwatch() as load:
+        model, *parts = load_models(args)
+        processor = Emu3Processor(*parts)
+    negative = NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt
+    size = {"ratio": ratios, "image_area": args.height * args.width}
+    positive = processor([p + POSITIVE_PROMPT for p in prompts], **size)
+    negative_ids = processor([negative] * len(prompts), **size)["input_ids"]
+    sizes = [tuple(s) for s in positive["image_size"]]
+    for ids, ratio, s in {r: (p, r, s) for p, r, s in zip(positive["input_ids"], ratios, sizes, strict=True)}.values():
+        warn_if_too_long(model.config, processor, len(ids), ratio, s)
+    drawing = ", ".join(f"{8 * w} x {8 * h}" for h, w in sizes)
+    print(f"drawing {drawing} pixels with seed {sampling.seed}", flush=True)
+
+    tokens = sum(processor.grammar.num_tokens(h, w) for h, w in sizes)
+    with progress_bar(tokens, " tokens", "drawing") as bar, Stopwatch() as watch:
+        pictures = generate_images(
+            model, positive["input_ids"], sizes, processor.grammar, negative_ids, args.guidance_scale, sampling,
+            on_tokens=bar.update,
+        )  # fmt: skip
+    print(f"{tokens} tokens in {watch.seconds:.1f} s, {tokens / watch.seconds:.1f} a second")
+    paths = free_paths(args.output_dir, "result", len(sizes))
+    with Stopwatch() as decode:
+        for i, (path, codes) in enumerate(zip(paths, pictures.codes, strict=True)):
+            settings = {
+                "prompt": prompts[i], "negative_prompt": negative, "ratio": ratios[i], "seed": sampling.seed,
+                "image": i, "images": len(sizes), "guidance_scale": args.guidance_scale, "top_k": args.top_k,
+                "top_p": args.top_p, "temperature": args.temperature, "model_path": args.model_path,
+                "vq_model_path": args.vq_model_path, "dtype": model.dtype.name.lower(),
+            }  # fmt: skip
+            save_picture(processor.decode_image(codes), path, settings)
+    write_stats(
+        args, tokens=tokens, seconds=watch.seconds, tokens_per_s=tokens / watch.seconds,
+        forward_passes=pictures.forward_passes, load_s=load.seconds, decode_s=decode.seconds,
+    )  # fmt: skip
+    wrote(paths)
+
+
+def one_each(args):
+    """A prompt and a ratio for each picture: --num_images of every prompt, side by side."""
+    from paddlemix.utils import InputError
+
+    if args.num_images < 1:
+        raise InputError(f"--num_images must be 1 or more, got {args.num_images}")
+    if args.height < 1 or args.width < 1:
+        raise InputError(f"--height and --width must be positive, got {args.height} and {args.width}")
+    ratios = args.ratio or [f"{args.width}:{args.height}"]
+    if len(ratios) not in (1, len(args.prompt)):
+        raise InputError(f"give one --ratio for all prompts or one each: {len(args.prompt)} prompts, {len(ratios)} ratios")
+    ratios = ratios * (len(args.prompt) // len(ratios))
+    return [[x for x in values for _ in range(args.num_images)] for values in (args.prompt, ratios)]
+
+
+def new_seed():
+    import secrets
+
+    return secrets.randbits(32)
+
+
+def warn_if_too_long(config, processor, prompt_length, ratio, size):
+    """Positions beyond those of the training give poor pictures: say so, and which size does not."""
+    from paddlemix.processors.emu3_processing import largest_size
+
+    needed, limit = prompt_length + processor.grammar.num_tokens(*size), config.max_position_embeddings
+    if needed > limit:
+        factor = processor.vision_tokenizer.spatial_scale_factor
+        best = largest_size(ratio, limit - prompt_length, processor.grammar, factor)
+        advice = f"the largest at {ratio} that fits is --height={best[0] * factor} --width={best[1] * factor}" if best else "no picture fits"
+        note(f"{size[1] * factor} x {size[0] * factor} pixels take {needed} tokens, the model has {limit} positions; {advice}")
+
+
+if __name__ == "__main__":
+    parser = make_parser(__doc__)
+    parser.add_argument("--model_path", default="BAAI/Emu3-Gen", help="a directory or a hub name")
+    parser.add_argument("--vq_model_path", default="BAAI/Emu3-VisionTokenizer", help="a directory or a hub name")
+    parser.add_argument("--prompt", nargs="+", default=["a portrait of young girl."], help="one or more, drawn together")
+    parser.add_argument("--ratio", nargs="+", help="width:height, one for all prompts or one each (default: of --width and --height)")
+    parser.add_argument("--height", type=int, default=720, help="with --width: how many pixels the picture has")
+    parser.add_argument("--width", type=int, default=720, help="with --height: how many pixels the picture has")
+    parser.add_argument("--negative_prompt", help="what to lead away from (default: the original's)")
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="1 is no guidance, and half the work")
+    parser.add_argument("--top_k", type=int, default=2048, help="draw from so many likeliest tokens; 0 is all, 1 greedy")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
+    parser.add_argument("--temperature", type=float, default=1.0, help="below 1 is more likely, above 1 more varied")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same picture (default: a new one)")
+    parser.add_argument("--num_images", type=int, default=1, help="pictures of each prompt, drawn together")
+    add_dtype(parser)
+    run(parser, main)

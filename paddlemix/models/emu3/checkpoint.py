@@ -1,0 +1,390 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Checkpoints: a directory or a hub name in, weights in a model out, and back.
+
+The files are the released ones: safetensors in torch layout (a Linear is [out, in]), one file or shards with
+an index. They are read through a memory map, a few rows at a time, and the rows read are handed back to the
+system at once, so that loading takes little more memory than the loaded model.
+"""
+
+import json
+import math
+import mmap
+import re
+from pathlib import Path
+
+from paddlemix.utils import InputError, replacing, write_atomically
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SHARD_PATTERN = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pdparams")
+# safetensors' names of the number types that a checkpoint may hold -> numpy's and ml_dtypes' names
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64"}
+MODEL_DTYPES = ("float32", "float16", "bfloat16")
+RELEASE_BYTES = 64 << 20  # rows read are handed back to the system after so many bytes
+TRANSPOSED_ROWS = 16  # rows a time that a transposing copy does fastest
+
+
+# --- where the files are ---------------------------------------------------------------------------------
+
+
+def fetch(name_or_path, required, optional=()):
+    """The directory that holds a checkpoint's files, fetched from the hub where the name is no directory.
+
+    Args:
+        name_or_path: a directory, or a hub name such as "BAAI/Emu3-Gen".
+        required, optional: file names. Of a hub checkpoint these and no others are fetched.
+
+    Raises:
+        InputError: there is no such directory or checkpoint, a required file is missing in it, or it is
+            neither cached nor within reach.
+    """
+    path = Path(name_or_path).expanduser()
+    if not path.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)) or path.exists():
+            raise InputError(
+                f"no checkpoint at {str(name_or_path)!r}: give a directory that exists, "
+                "or a hub name such as BAAI/Emu3-Gen"
+            )
+        path = _fetch_from_hub(str(name_or_path), [*required, *optional])
+    for name in required:
+        if not (path / name).is_file():
+            raise InputError(
+                f"{str(name_or_path)!r} has no {name}: it is not a whole Emu3 checkpoint, or not the one for this; "
+                "check the path or download it again"
+            )
+    return path
+
+
+def _fetch_from_hub(name, files):
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except GatedRepoError:
+        reason = "it asks for a login: accept its terms on the hub, then run `huggingface-cli login`"
+    except RepositoryNotFoundError:
+        reason = "the hub has no such checkpoint, or it is private: check the name, or run `huggingface-cli login`"
+    except LocalEntryNotFoundError:
+        reason = (
+            "it is not in the local cache and the hub is out of reach: connect to the network, set HF_ENDPOINT "
+            "to a mirror, or give the directory of a downloaded checkpoint"
+        )
+    except HfHubHTTPError as error:
+        reason = f"the hub answered {str(error).splitlines()[0]!r}: try again later"
+    except OSError as error:
+        reason = f"{error}: check the network, the disk and the cache directory, then try again"
+    raise InputError(f"cannot fetch {name}: {reason}")
+
+
+# --- one file --------------------------------------------------------------------------------------------
+
+
+class SafetensorsFile:
+    """A safetensors file, memory-mapped. `shapes` and `dtypes` by tensor name; `read` gives an array."""
+
+    def __init__(self, path):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        try:
+            with safe_open(path, framework="np") as file:  # checks the header and that the file is whole
+                names = file.offset_keys()
+                slices = {name: file.get_slice(name) for name in names}
+                self.dtypes = {name: slices[name].get_dtype() for name in names}
+                self.shapes = {name: slices[name].get_shape() for name in names}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is truncated or not a safetensors file ({error}): download it again") from None
+        import ml_dtypes  # noqa: F401  makes numpy know bfloat16
+        import numpy as np
+
+        for name, dtype in self.dtypes.items():
+            if dtype not in DTYPES:
+                raise InputError(f"{path}: tensor {name} is {dtype}; accepted are {', '.join(DTYPES)}")
+        with open(path, "rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # tensors follow each other without gaps, in the order of their offsets, to the end of the file
+        self.offsets, offset = {}, 8 + int.from_bytes(self.map[:8], "little")
+        for name in names:
+            self.offsets[name] = offset
+            offset += math.prod(self.shapes[name]) * np.dtype(DTYPES[self.dtypes[name]]).itemsize
+        self.released = 0
+
+    def read(self, name, dtype, transpose=False, on_bytes=lambda n: None):
+        """The tensor as a new numpy array of `dtype`, [in, out] of a [out, in] matrix if `transpose`.
+
+        Raises InputError where it holds NaN or infinity.
+        """
+        import numpy as np
+
+        stored = np.dtype(DTYPES[self.dtypes[name]])
+        shape = self.shapes[name]
+        source = np.ndarray(shape, stored, self.map, self.offsets[name])
+        out = np.empty(shape[::-1] if transpose else shape, dtype)
+        rows = source.reshape([shape[0], -1]) if shape else source.reshape([1, 1])
+        target = out.T if transpose else out.reshape(rows.shape)
+        row_bytes = max(1, rows.shape[1] * stored.itemsize)
+        step = TRANSPOSED_ROWS if transpose else max(1, (8 << 20) // row_bytes)
+        unreleased = 0
+        for start in range(0, rows.shape[0], step):
+            chunk = rows[start : start + step]
+            self._check_finite(name, chunk)
+            # the cast comes first: it gives the transposing copy less to move
+            target[start : start + step] = chunk.astype(dtype, copy=False)
+            unreleased += chunk.nbytes
+            on_bytes(chunk.nbytes)
+            if unreleased >= RELEASE_BYTES:
+                self._release(self.offsets[name] + start * row_bytes + chunk.nbytes)
+                unreleased = 0
+        self._release(self.offsets[name] + rows.nbytes)
+        return out
+
+    def _check_finite(self, name, chunk):
+        import numpy as np
+
+        # a sum is not finite if a summand is not; in the rare other case the summands decide
+        if chunk.dtype.kind == "i" or np.isfinite(chunk.sum(dtype=np.float32)):
+            return
+        if not np.isfinite(chunk.astype(np.float32)).all():
+            raise InputError(f"{self.path}: tensor {name} holds NaN or infinity: download the file again")
+
+    def _release(self, end):
+        if not hasattr(mmap, "MADV_DONTNEED"):  # not every system has it; memory is then freed on closing
+            return
+        end -= end % mmap.PAGESIZE
+        if end > self.released:
+            self.map.madvise(mmap.MADV_DONTNEED, self.released, end - self.released)
+            self.released = end
+
+    def close(self):
+        self.map.close()
+
+
+# --- a checkpoint of one or more files -------------------------------------------------------------------
+
+
+def open_weights(name_or_path):
+    """{tensor name: SafetensorsFile that holds it} of a directory or hub name."""
+    path = fetch(name_or_path, [], [SINGLE_NAME, INDEX_NAME])
+    if (path / SINGLE_NAME).is_file():
+        file = SafetensorsFile(path / SINGLE_NAME)
+        return dict.fromkeys(file.shapes, file)
+    if not (path / INDEX_NAME).is_file():
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise InputError(
+                f"{str(name_or_path)!r} holds {pickles[0]}, a pickle: loading one can run any program, so it is "
+                f"refused; convert it to {SINGLE_NAME} with the tool that made it"
+            )
+        raise InputError(f"{str(name_or_path)!r} has neither {SINGLE_NAME} nor {INDEX_NAME}: download it again")
+    weight_map = _read_index(path / INDEX_NAME)
+    path = fetch(name_or_path, sorted(set(weight_map.values())))
+    files = {name: SafetensorsFile(path / name) for name in sorted(set(weight_map.values()))}
+    for tensor, name in weight_map.items():
+        if tensor not in files[name].shapes:
+            raise InputError(f"{path / name} lacks {tensor}, which {INDEX_NAME} says it holds: download it again")
+    return {tensor: files[name] for tensor, name in weight_map.items()}
+
+
+def _read_index(path):
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} is not an index of safetensors shards: download it again") from None
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise InputError(f"{path} names a shard {name!r}: a shard must be a .safetensors file beside it")
+    return weight_map
+
+
+def available_memory():
+    """Bytes of memory that a model can still take: the machine's, or the container's where that is less."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return free if limit == "max" else min(free, int(limit) - used)
+    except (OSError, ValueError):
+        return free
+
+
+def require_memory(size, purpose):
+    """InputError where the device has less than `size` bytes free."""
+    import paddle
+
+    if paddle.get_device() == "cpu":
+        free, place = available_memory(), "memory"
+    else:
+        card = paddle.device.cuda.get_device_properties()
+        free, place = card.total_memory - paddle.device.cuda.memory_reserved(), "memory on the card"
+    if size > free:
+        raise InputError(
+            f"{size / 1e9:.1f} GB of {place} {purpose} are needed and {free / 1e9:.1f} GB are free: close other "
+            "programs, take a machine with more, or a dtype of fewer bits where the device has it"
+        )
+
+
+class CheckpointMixin:
+    """`from_pretrained` and `save_pretrained` for a paddle.nn.Layer whose names are the checkpoint's.
+
+    A class says in `config_class` what describes it. Weights of nn.Linear layers are transposed on the way.
+    """
+
+    config_class = None
+    tied_weights = ()  # names that a checkpoint may leave out, for they are other weights again
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, dtype="float32", config=None, progress=True, **overrides):
+        """A model with the weights of a checkpoint in the released layout, in eval mode.
+
+        Args:
+            name_or_path: a directory, or a hub name (fetched into huggingface_hub's cache; HF_ENDPOINT and
+                HF_HUB_OFFLINE are honoured).
+            dtype: "float32", "float16" or "bfloat16": what the weights are cast to while they are read.
+            config: a configuration in place of the checkpoint's.
+            progress: show a progress bar (on a terminal).
+            overrides: configuration values in place of the checkpoint's.
+
+        Raises:
+            InputError (a ValueError): files missing, truncated, corrupt, or of another model; not enough memory.
+        """
+        import paddle
+        from tqdm import tqdm
+
+        dtype = str(dtype).removeprefix("paddle.")
+        if dtype not in MODEL_DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(MODEL_DTYPES)}, got {dtype!r}")
+        for name in overrides:
+            if not hasattr(cls.config_class, name):
+                raise TypeError(f"{cls.__name__}.from_pretrained() got an unexpected keyword argument {name!r}")
+        config = config or cls.config_class.from_pretrained(name_or_path, **overrides)
+        with paddle.LazyGuard():  # no weight is made before the checkpoint's own takes its place
+            model = cls(config)
+        state = model._checkpoint_state()
+        itemsize = 4 if dtype == "float32" else 2
+        size = itemsize * sum(math.prod(t.shape) for t, _ in state.values())
+        require_memory(size, f"in {dtype} for {name_or_path}")
+        weights = open_weights(name_or_path)
+        try:
+            _check_names_and_shapes(name_or_path, state, weights, model.tied_weights)
+            total = sum(
+                math.prod(file.shapes[name]) * int(re.sub(r"\D", "", file.dtypes[name])) // 8
+                for name, file in weights.items()
+            )
+            bar = tqdm(
+                total=total, unit="B", unit_scale=True, desc="loading weights", leave=False,
+                disable=None if progress else True,
+            )  # fmt: skip
+            with bar:
+                # in the order of the files, so that each is read from its start to its end
+                for name in sorted(weights, key=lambda n: (str(weights[n].path), weights[n].offsets[n])):
+                    if name in state:
+                        target, transpose = state[name]
+                        _assign(target, weights[name], name, dtype, transpose, bar.update)
+        finally:
+            for file in set(weights.values()):
+                file.close()
+        return model.eval()
+
+    def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
+        """Write config.json and safetensors in the released layout, in shards where they are larger than given.
+
+        The original's own loader and transformers-style tools read the result.
+        """
+        from safetensors.numpy import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = self._checkpoint_state()
+        shards, size = [[]], 0
+        for name, (tensor, _) in state.items():
+            num_bytes = tensor.element_size() * math.prod(tensor.shape)
+            if shards[-1] and size + num_bytes > max_shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append(name)
+            size += num_bytes
+        names = [SINGLE_NAME]
+        if len(shards) > 1:
+            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        total = 0
+        for file_name, shard in zip(names, shards, strict=True):
+            arrays = {name: _to_array(*state[name]) for name in shard}
+            total += sum(a.nbytes for a in arrays.values())
+            with replacing(directory / file_name) as temporary:
+                save_file(arrays, temporary, {"format": "pt"})
+        if len(shards) > 1:
+            weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_atomically(directory / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
+            names = [*names, INDEX_NAME]
+        for path in directory.iterdir():  # what an earlier save left would be read in place of this one
+            is_weights = path.name in (SINGLE_NAME, INDEX_NAME) or SHARD_PATTERN.fullmatch(path.name)
+            if is_weights and path.name not in names:
+                path.unlink()
+        dtype = str(next(iter(self.parameters())).dtype).removeprefix("paddle.")
+        values = {"architectures": [type(self).__name__], **self.config.to_dict(), "torch_dtype": dtype}
+        type(self.config)(**values).save_pretrained(directory)
+
+    def _checkpoint_state(self):
+        """{checkpoint name: (parameter or buffer, whether the checkpoint has it transposed)}"""
+        from paddle import nn
+
+        transposed = {
+            f"{prefix}.weight" for prefix, layer in self.named_sublayers() if isinstance(layer, nn.Linear)
+        }
+        return {
+            name: (tensor, name in transposed)
+            for name, tensor in self.state_dict().items()
+            if name not in self.tied_weights
+        }
+
+
+def _check_names_and_shapes(name_or_path, state, weights, optional):
+    def some(names):
+        names = sorted(names)
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    if missing := state.keys() - weights.keys():
+        raise InputError(f"{name_or_path} lacks {some(missing)}: its weights are not those of its config.json")
+    if extra := weights.keys() - state.keys() - set(optional):
+        raise InputError(f"{name_or_path} has {some(extra)} too many: its weights are not those of its config.json")
+    for name, (tensor, transpose) in state.items():
+        expected = list(tensor.shape)[::-1] if transpose else list(tensor.shape)
+        found = list(weights[name].shapes[name])
+        if found != expected:
+            raise InputError(
+                f"{weights[name].path}: tensor {name} is {found}, config.json asks for {expected}: "
+                "config.json or the shard is another model's"
+            )
+
+
+def _assign(target, file, name, dtype, transpose, on_bytes):
+    """Put a tensor of a file into a parameter (which has no memory yet) or a buffer (which keeps its dtype)."""
+    import ml_dtypes  # noqa: F401  makes numpy know bfloat16
+    import numpy as np
+    import paddle
+
+    if not isinstance(target, paddle.base.framework.EagerParamBase):
+        array = file.read(name, str(target.dtype).removeprefix("paddle."), on_bytes=on_bytes)
+        target.set_value(paddle.to_tensor(array))
+        return
+    array = file.read(name, np.dtype(dtype), transpose, on_bytes)
+    # dlpack shares the array's memory; it knows no bfloat16, so that goes as the integers it is stored as
+    tensor = paddle.utils.dlpack.from_dlpack(array.view(np.int16) if dtype == "bfloat16" else array)
+    tensor = tensor.view("bfloat16") if dtype == "bfloat16" else tensor
+    device = paddle.get_device()
+    (tensor if device == "cpu" else tensor.to(device))._share_underline_tensor_to(target)
+
+
+def _to_array(tensor, transpose):
+    """A numpy array in torch layout; Paddle gives bfloat16 as the integers it is stored as."""
+    import ml_dtypes
+
+    tensor = tensor.detach().cpu()
+    array = (tensor.T if transpose else tensor).contiguous().numpy()
+    return array.view(ml_dtypes.bfloat16) if array.dtype == "uint16" else array

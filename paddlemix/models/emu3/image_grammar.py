@@ -1,0 +1,105 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""How a picture is written as token ids: the one place that knows.
+
+A picture of h x w codes is BOI "h*w" IMG, then h rows of w visual tokens each closed by EOL, then EOF EOI; when
+it is being drawn an EOS follows, then padding. A visual token's id is the first visual token's id plus the code.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from paddlemix.utils import InputError
+
+FIRST_VISUAL_TOKEN = "<|visual token 000000|>"
+
+
+@dataclass(frozen=True)
+class ImageGrammar:
+    """The ids that pictures are written with.
+
+    `encode_text` turns the size's text into ids; it is asked for nothing else.
+    """
+
+    img: int
+    boi: int
+    eoi: int
+    eol: int
+    eof: int
+    eos: int
+    pad: int
+    first_visual: int
+    codebook_size: int
+    encode_text: callable = None
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer, codebook_size=32768):
+        """The grammar of an Emu3Tokenizer. InputError where it has fewer visual tokens than codewords."""
+        first = tokenizer.convert_tokens_to_ids(FIRST_VISUAL_TOKEN)
+        if first + codebook_size > len(tokenizer):
+            raise InputError(
+                f"the tokenizer has {len(tokenizer) - first} visual tokens and the vision tokenizer {codebook_size} "
+                "codewords: take the two from checkpoints that belong together"
+            )
+        return cls(
+            img=tokenizer.img_token_id, boi=tokenizer.boi_token_id, eoi=tokenizer.eoi_token_id,
+            eol=tokenizer.eol_token_id, eof=tokenizer.eof_token_id, eos=tokenizer.eos_token_id,
+            pad=tokenizer.pad_token_id, first_visual=first, codebook_size=codebook_size,
+            encode_text=tokenizer.encode,
+        )  # fmt: skip
+
+    @staticmethod
+    def num_tokens(height, width):
+        """Tokens of a picture from its first visual token to EOS."""
+        return height * (width + 1) + 3
+
+    def head(self, height, width):
+        """The ids that announce a picture: BOI "h*w" IMG."""
+        return [self.boi, *self.encode_text(f"{height}*{width}"), self.img]
+
+    def forced(self, height, width, position):
+        """The id that must stand at `position` (0 for the first after IMG), None where it is a visual token."""
+        body = height * (width + 1)
+        if position < body:
+            return self.eol if position % (width + 1) == width else None
+        return (self.eof, self.eoi, self.eos)[position - body] if position < body + 3 else self.pad
+
+    def encode(self, codes):
+        """The ids of a whole picture, BOI to EOI. codes: integer array [h, w] -> list[int]."""
+        codes = np.asarray(codes, dtype=np.int64)
+        if codes.ndim != 2 or 0 in codes.shape or codes.min() < 0 or codes.max() >= self.codebook_size:
+            raise InputError(f"codes must be [h, w] with values 0 to {self.codebook_size - 1}, got {codes!r}")
+        rows = np.full([codes.shape[0], codes.shape[1] + 1], self.eol)
+        rows[:, :-1] = codes + self.first_visual
+        return [*self.head(*codes.shape), *rows.ravel().tolist(), self.eof, self.eoi]
+
+    def decode(self, ids):
+        """The codes among a picture's ids, int64 [h, w]; None where they do not make a rectangle."""
+        rows, row = [], []
+        for i in ids:
+            if self.first_visual <= i < self.first_visual + self.codebook_size:
+                row.append(i - self.first_visual)
+            elif row:
+                rows.append(row)
+                row = []
+        if row:
+            rows.append(row)
+        if not rows or len({len(row) for row in rows}) > 1:
+            return None
+        return np.array(rows, dtype=np.int64)
+
+    def split(self, ids):
+        """Ids in pieces: ("text", ids) and, for each BOI ... EOI that holds a picture, ("picture", codes)."""
+        pieces, text, start = [], [], None
+        for i in ids:
+            text.append(i)
+            if i == self.boi:
+                start = len(text) - 1
+            elif i == self.eoi and start is not None:
+                codes = self.decode(text[start:])
+                if codes is not None:
+                    pieces += [("text", text[:start])] if start else []
+                    pieces.append(("picture", codes))
+                    text = []
+                start = None
+        return pieces + ([("text", text)] if text else [])

@@ -1,0 +1,410 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The vision tokenizer: pictures and video to codes of a codebook, and back.
+
+A MoVQ-style autoencoder (Zheng et al. 2022, arXiv 2209.09002; Emu3: arXiv 2409.18869, section 2.2): a 2-D
+encoder run on every frame, a few causal 3-D layers that merge four frames into one, a nearest-codeword
+quantizer, and the mirror image, whose norms are modulated by the quantized latent. Parameter names are the
+released checkpoint's.
+"""
+
+import math
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from paddlemix.utils import InputError
+
+from .checkpoint import CheckpointMixin
+from .configuration_emu3 import Emu3VisionVQConfig
+
+
+class Upsample(nn.Layer):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2D(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Downsample(nn.Layer):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2D(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, [0, 1, 0, 1]))  # one column on the right, one row below
+
+
+class CausalConv3D(nn.Layer):
+    """A 3-D convolution that sees two frames of the past and none of the future. [B, C, T, H, W]"""
+
+    def __init__(self, in_channels, out_channels, kernel_size=(3, 1, 1), stride=(1, 1, 1)):
+        super().__init__()
+        self.padding = []  # innermost axis first, as F.pad takes it
+        for k, s in zip(kernel_size[:0:-1], stride[:0:-1], strict=True):
+            self.padding += [(k - s + 1) // 2, (k - s) // 2]
+        self.padding += [2, 0]
+        self.conv = nn.Conv3D(in_channels, out_channels, kernel_size, stride=stride)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, self.padding, data_format="NCDHW"))
+
+
+class TemporalBatchNorm(nn.Layer):
+    """BatchNorm3D whose statistics carry the checkpoint's names."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = self.create_parameter([channels], default_initializer=nn.initializer.Constant(1.0))
+        self.bias = self.create_parameter([channels], is_bias=True)
+        self.register_buffer("running_mean", paddle.zeros([channels]))
+        self.register_buffer("running_var", paddle.ones([channels]))
+        self.register_buffer("num_batches_tracked", paddle.zeros([], dtype="int64"))
+
+    def forward(self, x):
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training=self.training,
+            momentum=0.9, epsilon=1e-5, data_format="NCDHW",
+        )  # fmt: skip
+
+
+class TemporalResnetBlock(nn.Layer):
+    def __init__(self, channels, dropout):
+        super().__init__()
+        self.norm1 = TemporalBatchNorm(channels)
+        self.conv1 = CausalConv3D(channels, channels, (3, 3, 3))
+        self.norm2 = TemporalBatchNorm(channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = CausalConv3D(channels, channels, (3, 3, 3))
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(self.dropout(F.silu(self.norm2(h))))
+
+
+class TemporalUpsample(nn.Layer):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = CausalConv3D(channels, channels, (3, 3, 3))
+
+    def forward(self, x):
+        return self.conv(x.repeat_interleave(2, axis=2))
+
+
+class TemporalDownsample(nn.Layer):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = CausalConv3D(channels, channels, (4, 3, 3), (2, 1, 1))
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class GroupNorm(nn.GroupNorm):
+    def __init__(self, channels):
+        super().__init__(num_groups=32, num_channels=channels, epsilon=1e-6)
+
+    def forward(self, x, zq=None):
+        return super().forward(x)
+
+
+class SpatialNorm(nn.Layer):
+    """Group norm scaled and shifted, position by position, by the quantized latent `zq`."""
+
+    def __init__(self, channels, zq_channels):
+        super().__init__()
+        self.norm_layer = GroupNorm(channels)
+        self.conv_y = nn.Conv2D(zq_channels, channels, 1)
+        self.conv_b = nn.Conv2D(zq_channels, channels, 1)
+
+    def forward(self, x, zq):
+        # a 1x1 convolution commutes with nearest upsampling: run it at the latent's size
+        scale, shift = self.conv_y(zq), self.conv_b(zq)
+        if scale.shape[-2:] != x.shape[-2:]:
+            scale = F.interpolate(scale, size=x.shape[-2:], mode="nearest")
+            shift = F.interpolate(shift, size=x.shape[-2:], mode="nearest")
+        return self.norm_layer(x) * scale + shift
+
+
+def make_norm(channels, zq_channels):
+    return GroupNorm(channels) if zq_channels is None else SpatialNorm(channels, zq_channels)
+
+
+class ResnetBlock(nn.Layer):
+    def __init__(self, in_channels, out_channels, dropout, zq_channels=None):
+        super().__init__()
+        self.norm1 = make_norm(in_channels, zq_channels)
+        self.conv1 = nn.Conv2D(in_channels, out_channels, 3, padding=1)
+        self.norm2 = make_norm(out_channels, zq_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2D(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2D(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x, zq=None):
+        h = self.conv1(F.silu(self.norm1(x, zq)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h, zq))))
+        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+
+
+class AttnBlock(nn.Layer):
+    """Attention of one head over all positions of a frame."""
+
+    def __init__(self, channels, zq_channels=None):
+        super().__init__()
+        self.norm = make_norm(channels, zq_channels)
+        self.q = nn.Conv2D(channels, channels, 1)
+        self.k = nn.Conv2D(channels, channels, 1)
+        self.v = nn.Conv2D(channels, channels, 1)
+        self.proj_out = nn.Conv2D(channels, channels, 1)
+
+    def forward(self, x, zq=None):
+        h = self.norm(x, zq)
+        q, k, v = (conv(h).flatten(2) for conv in (self.q, self.k, self.v))  # [B, C, H*W]
+        weights = F.softmax(paddle.matmul(q, k, transpose_x=True) / math.sqrt(q.shape[1]), axis=-1)
+        return x + self.proj_out(paddle.matmul(v, weights, transpose_y=True).reshape(x.shape))
+
+
+class Level(nn.Layer):
+    """The blocks at one resolution, each followed by attention where the resolution has it."""
+
+    def __init__(self, in_channels, out_channels, num_blocks, has_attention, dropout, zq_channels=None):
+        super().__init__()
+        channels = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.LayerList(
+            [ResnetBlock(i, o, dropout, zq_channels) for i, o in zip(channels[:-1], channels[1:], strict=True)]
+        )
+        self.attn = nn.LayerList(
+            [AttnBlock(out_channels, zq_channels) for _ in range(num_blocks)] if has_attention else []
+        )
+
+    def forward(self, x, zq=None):
+        for i, block in enumerate(self.block):
+            x = block(x, zq)
+            if len(self.attn):
+                x = self.attn[i](x, zq)
+        return x
+
+
+class Middle(nn.Layer):
+    def __init__(self, channels, dropout, zq_channels=None):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, dropout, zq_channels)
+        self.attn_1 = AttnBlock(channels, zq_channels)
+        self.block_2 = ResnetBlock(channels, channels, dropout, zq_channels)
+
+    def forward(self, x, zq=None):
+        return self.block_2(self.attn_1(self.block_1(x, zq), zq), zq)
+
+
+def temporal_steps(config):
+    return int(math.log2(config.temporal_downsample_factor))
+
+
+class Encoder(nn.Layer):
+    def __init__(self, config):
+        super().__init__()
+        channels = [config.ch] + [config.ch * m for m in config.ch_mult]
+        self.conv_in = nn.Conv2D(config.in_channels, config.ch, 3, padding=1)
+        self.down = nn.LayerList()
+        for i in range(len(config.ch_mult)):
+            level = Level(
+                channels[i], channels[i + 1], config.num_res_blocks, i in config.attn_resolutions, config.dropout
+            )
+            if i < len(config.ch_mult) - 1:
+                level.downsample = Downsample(channels[i + 1])
+            self.down.append(level)
+        self.mid = Middle(channels[-1], config.dropout)
+        self.norm_out = GroupNorm(channels[-1])
+        self.conv_out = nn.Conv2D(channels[-1], config.z_channels, 3, padding=1)
+        self.time_conv = nn.LayerList([TemporalDownsample(config.z_channels) for _ in range(temporal_steps(config))])
+        self.time_res_stack = nn.Sequential(
+            *[TemporalResnetBlock(config.z_channels, config.dropout) for _ in range(config.num_res_blocks)]
+        )
+
+    def encode_frames(self, x):
+        """[N, 3, H, W] -> [N, z, h, w]"""
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+    def merge_frames(self, h):
+        """[B, z, T, h, w] -> [B, z, T / 4, h, w]"""
+        for conv in self.time_conv:
+            h = F.silu(conv(h))
+        return self.time_res_stack(h)
+
+
+class Decoder(nn.Layer):
+    def __init__(self, config):
+        super().__init__()
+        channels = [config.ch * m for m in config.ch_mult]
+        top = len(channels) - 1
+        self.time_res_stack = nn.Sequential(
+            *[TemporalResnetBlock(config.z_channels, config.dropout) for _ in range(config.num_res_blocks)]
+        )
+        self.time_conv = nn.LayerList([TemporalUpsample(config.z_channels) for _ in range(temporal_steps(config))])
+        self.conv_in = nn.Conv2D(config.z_channels, channels[-1], 3, padding=1)
+        self.mid = Middle(channels[-1], config.dropout, config.embed_dim)
+        self.up = nn.LayerList()
+        for i in range(len(channels)):
+            level = Level(
+                channels[min(i + 1, top)], channels[i], config.num_res_blocks + 1, i in config.attn_resolutions,
+                config.dropout, config.embed_dim,
+            )  # fmt: skip
+            if i > 0:
+                level.upsample = Upsample(channels[i])
+            self.up.append(level)
+        self.norm_out = SpatialNorm(channels[0], config.embed_dim)
+        self.conv_out = nn.Conv2D(channels[0], config.out_channels, 3, padding=1)
+
+    def split_frames(self, z):
+        """[B, z, T, h, w] -> [B, z, 4 T, h, w]"""
+        z = self.time_res_stack(z)
+        for conv in self.time_conv:
+            z = F.silu(conv(z))
+        return z
+
+    def decode_frames(self, z, zq):
+        """Latents and quantized latents [N, z, h, w] -> [N, 3, H, W]"""
+        h = self.mid(self.conv_in(z), zq)
+        for level in reversed(self.up):
+            h = level(h, zq)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h, zq)))
+
+
+class VectorQuantizer(nn.Layer):
+    CHUNK = 1024  # positions a time: never a [positions, codebook] matrix of a whole picture
+
+    def __init__(self, config):
+        super().__init__()
+        bound = 1.0 / config.codebook_size
+        self.embedding = nn.Embedding(
+            config.codebook_size, config.embed_dim, weight_attr=nn.initializer.Uniform(-bound, bound)
+        )
+
+    def forward(self, x):
+        """Index of the nearest codeword. [..., embed_dim] -> [...] int64"""
+        codebook = self.embedding.weight
+        norms = (codebook * codebook).sum(axis=1)
+        codes = []
+        for chunk in x.reshape([-1, x.shape[-1]]).split(self._sections(x), axis=0):
+            distances = (chunk * chunk).sum(axis=1, keepdim=True) + norms
+            distances -= 2 * paddle.matmul(chunk, codebook, transpose_y=True)
+            codes.append(distances.argmin(axis=1))
+        return paddle.concat(codes).reshape(x.shape[:-1])
+
+    def _sections(self, x):
+        positions = math.prod(x.shape[:-1])
+        return [self.CHUNK] * (positions // self.CHUNK) + [positions % self.CHUNK] * (positions % self.CHUNK > 0)
+
+
+class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
+    """Pictures and video <-> codes of a codebook (32,768 codewords in the released model).
+
+    One code stands for 8 x 8 pixels of a picture, and for 8 x 8 pixels of 4 frames of a video.
+    """
+
+    config_class = Emu3VisionVQConfig
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = VectorQuantizer(config)
+        self.quant_conv = CausalConv3D(config.z_channels, config.embed_dim)
+        self.post_quant_conv = CausalConv3D(config.embed_dim, config.z_channels)
+        self.spatial_scale_factor = config.spatial_downsample_factor
+
+    @property
+    def dtype(self):
+        return self.quantize.embedding.weight.dtype
+
+    def latents(self, pixel_values):
+        """What is quantized: [B, 3, H, W] or [B, T, 3, H, W] -> [B, T / 4 (1 of a picture), h, w, embed_dim]."""
+        self._check_pixels(pixel_values)
+        frames = self.config.temporal_downsample_factor
+        if pixel_values.ndim == 4:
+            # a picture is four equal frames to the model: encode one, repeat its latent
+            h = self.encoder.encode_frames(pixel_values).unsqueeze(2).expand([-1, -1, frames, -1, -1])
+        else:
+            h = self.encoder.encode_frames(pixel_values.flatten(0, 1))
+            h = h.reshape([*pixel_values.shape[:2], *h.shape[1:]]).transpose([0, 2, 1, 3, 4])
+        return self.quant_conv(self.encoder.merge_frames(h)).transpose([0, 2, 3, 4, 1])
+
+    def encode(self, pixel_values):
+        """Codes of pictures or video.
+
+        Args:
+            pixel_values: float tensor in [-1, 1]. Pictures [B, 3, H, W], or video [B, T, 3, H, W]; H and W
+                multiples of 8, T a multiple of 4 (in the released configuration).
+
+        Returns:
+            int64 tensor: [B, H/8, W/8] of pictures, [B, T/4, H/8, W/8] of video.
+
+        Raises:
+            InputError (a ValueError): sides or frames that do not divide, another number of axes or channels.
+        """
+        codes = self.quantize(self.latents(pixel_values))
+        return codes.squeeze(1) if pixel_values.ndim == 4 else codes
+
+    def decode(self, codes):
+        """Pictures or video of codes.
+
+        Args:
+            codes: integer tensor [B, h, w] of pictures, [B, t, h, w] of video.
+
+        Returns:
+            float tensor, about [-1, 1]: [B, 3, 8h, 8w] of pictures, [B, 4t, 3, 8h, 8w] of video.
+
+        Raises:
+            InputError (a ValueError): another number of axes, or a code outside the codebook.
+        """
+        self._check_codes(codes)
+        is_picture = codes.ndim == 3
+        if is_picture:
+            codes = codes.unsqueeze(1)
+        quantized = self.quantize.embedding(codes).transpose([0, 4, 1, 2, 3])  # [B, embed_dim, t, h, w]
+        latents = self.post_quant_conv(quantized)
+        frames = self.decoder.split_frames(paddle.concat([latents, quantized]))
+        if is_picture:
+            frames = frames[:, :, :1]  # of the four frames the first is the picture
+        z, zq = frames.transpose([0, 2, 1, 3, 4]).chunk(2)  # [B, T, z, h, w]
+        pixels = self.decoder.decode_frames(z.flatten(0, 1), zq.flatten(0, 1))
+        return pixels if is_picture else pixels.reshape([*z.shape[:2], *pixels.shape[1:]])
+
+    def _check_pixels(self, pixel_values):
+        shape, config = pixel_values.shape, self.config
+        if len(shape) not in (4, 5) or shape[-3] != config.in_channels:
+            raise InputError(
+                f"pixel_values must be [B, {config.in_channels}, H, W] or [B, T, {config.in_channels}, H, W], "
+                f"got {list(shape)}"
+            )
+        factor = self.spatial_scale_factor
+        if 0 in shape or shape[-2] % factor or shape[-1] % factor:
+            raise InputError(
+                f"height and width must be multiples of {factor}, got {shape[-2]} x {shape[-1]}: "
+                "Emu3VisionVQImageProcessor resizes a picture so"
+            )
+        if len(shape) == 5 and shape[1] % config.temporal_downsample_factor:
+            raise InputError(
+                f"the number of frames must be a multiple of {config.temporal_downsample_factor}, got {shape[1]}: "
+                "repeat the last frame or leave some out"
+            )
+
+    def _check_codes(self, codes):
+        if codes.ndim not in (3, 4) or 0 in codes.shape:
+            raise InputError(f"codes must be [B, h, w] or [B, t, h, w], got {list(codes.shape)}")
+        low, high = int(codes.min()), int(codes.max())
+        if low < 0 or high >= self.config.codebook_size:
+            raise InputError(
+                f"codes must be 0 to {self.config.codebook_size - 1}, got {low} to {high}: "
+                "a code is a visual token's id less the first visual token's id"
+            )

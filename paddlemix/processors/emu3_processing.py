@@ -1,0 +1,213 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Text and pictures to prompts of token ids, and ids back to text and pictures."""
+
+import re
+from functools import partial
+
+import numpy as np
+
+from paddlemix.models.emu3.image_grammar import ImageGrammar
+from paddlemix.utils import BatchFeature, InputError
+
+CHAT_TEMPLATE = "You are a helpful assistant. USER: {image_prompt}{text_prompt}. ASSISTANT:"
+IMAGE_SLOT, TEXT_SLOT = "{image_prompt}", "{text_prompt}"
+
+
+def generate_size(ratio, image_area, factor=8):
+    """Codes (h, w) of the picture of an aspect ratio "width:height" nearest to `image_area` pixels.
+
+    InputError: a ratio that is not two positive integers, or an area of less than one code a side.
+    """
+    match = re.fullmatch(r"\s*(\d{1,6})\s*:\s*(\d{1,6})\s*", ratio) if isinstance(ratio, str) else None
+    width, height = map(int, match.groups()) if match else (0, 0)
+    if not width or not height:
+        raise InputError(f"ratio must be width:height, two positive integers such as 1:1 or 16:9, got {ratio!r}")
+    scale = (image_area / (height * width)) ** 0.5 if image_area > 0 else 0
+    size = round(height * scale / factor), round(width * scale / factor)
+    if 0 in size:
+        raise InputError(
+            f"an area of {image_area} pixels at ratio {ratio} leaves a picture of {size[0]} x {size[1]} tokens: "
+            f"a side takes at least {factor} pixels; give a larger height and width"
+        )
+    return size
+
+
+def largest_size(ratio, tokens, grammar, factor=8):
+    """Codes (h, w) of the largest picture of a ratio that takes at most so many tokens, None if there is none."""
+    for area in range(tokens * factor**2, factor**2 - 1, -(factor**2)):
+        try:
+            size = generate_size(ratio, area, factor)
+            # of its own area, too: that is how it will be asked for
+            sizes = size, generate_size(ratio, size[0] * size[1] * factor**2, factor)
+        except InputError:
+            return None
+        if max(grammar.num_tokens(*s) for s in sizes) <= tokens:
+            return size
+    return None
+
+
+class Emu3Processor:
+    """Prompts from text and pictures, text and pictures from ids.
+
+    Args:
+        image_processor: Emu3VisionVQImageProcessor.
+        vision_tokenizer: Emu3VisionVQModel.
+        tokenizer: Emu3Tokenizer.
+        chat_template: of mode "U", with {image_prompt} and {text_prompt} once each. Special tokens in the
+            template are special tokens; in a user's text they are text.
+    """
+
+    def __init__(self, image_processor, vision_tokenizer, tokenizer, chat_template=CHAT_TEMPLATE):
+        if chat_template.count(IMAGE_SLOT) != 1 or chat_template.count(TEXT_SLOT) != 1:
+            raise InputError(f"a chat template must hold {IMAGE_SLOT} and {TEXT_SLOT} once each, got {chat_template!r}")
+        self.image_processor = image_processor
+        self.vision_tokenizer = vision_tokenizer
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.grammar = ImageGrammar.from_tokenizer(tokenizer, vision_tokenizer.config.codebook_size)
+
+    def __call__(
+        self,
+        text,
+        image=None,
+        *,
+        mode="G",
+        ratio="1:1",
+        image_area=518400,
+        padding_image=False,
+        padding=False,
+        padding_side=None,
+        return_tensors=None,
+    ):
+        """Prompts for the language model.
+
+        Args:
+            text: a string or a list of them.
+            image: mode "U": a PIL picture a text.
+            mode: "G", draw: BOS text BOI "h*w" IMG. "U", understand: BOS, then the chat template with a picture.
+            ratio: mode "G": "width:height", one for all texts or a list.
+            image_area: mode "G": pixels of the picture to draw.
+            padding_image: mode "U": encode pictures of different sizes in one batch, padded with grey; faster on
+                a card, but codes near the edges are then not those of the picture alone.
+            padding, padding_side, return_tensors: as Emu3Tokenizer takes them.
+
+        Returns:
+            BatchFeature of input_ids and attention_mask, int64 [batch, length], and image_size, int64 [batch, 2],
+            codes (h, w) of each picture. Lists where return_tensors is None.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(t, str) for t in texts):
+            raise InputError("text must be a string or a list of strings, at least one")
+        if mode == "G":
+            if image is not None:
+                raise InputError('mode "G" draws a picture from text and takes none: leave image out, or mode="U"')
+            rows, sizes = self._drawing_prompts(texts, ratio, image_area)
+        elif mode == "U":
+            rows, sizes = self._chat_prompts(texts, image, padding_image)
+        else:
+            raise InputError(f'mode must be "G" (draw) or "U" (understand), got {mode!r}')
+        return self._batch(rows, sizes, padding, padding_side, return_tensors)
+
+    def _drawing_prompts(self, texts, ratio, image_area):
+        ratios = [ratio] * len(texts) if isinstance(ratio, str) else list(ratio)
+        if len(ratios) != len(texts):
+            raise InputError(f"give one ratio for all texts or one each: {len(texts)} texts, {len(ratios)} ratios")
+        sizes = [generate_size(r, image_area, self.vision_tokenizer.spatial_scale_factor) for r in ratios]
+        encode = partial(self.tokenizer.encode, allow_special=False)
+        bos = self.tokenizer.bos_token_id
+        return [[bos, *encode(t), *self.grammar.head(*s)] for t, s in zip(texts, sizes, strict=True)], sizes
+
+    def _chat_prompts(self, texts, image, padding_image):
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        if len(images) != len(texts) or any(i is None for i in images):
+            raise InputError(f'mode "U" takes a picture a text: {len(texts)} texts, {len(images)} pictures')
+        codes = self.tokenize_image(images, padding_image=padding_image)
+        rows = [self._fill_template(t, self.grammar.encode(c)) for t, c in zip(texts, codes, strict=True)]
+        return rows, [c.shape for c in codes]
+
+    def _fill_template(self, text, picture_ids):
+        """BOS and the chat template's ids; only the template itself can name special tokens."""
+        special = "|".join(map(re.escape, re.findall(r"<\|[^<>|]+\|>", self.chat_template))) or r"(?!)"
+        row = [self.tokenizer.bos_token_id]
+        for piece in re.split(f"({re.escape(IMAGE_SLOT)}|{special})", self.chat_template):
+            if piece == IMAGE_SLOT:
+                row += picture_ids
+            elif re.fullmatch(special, piece):
+                row += self.tokenizer.encode(piece)
+            else:
+                row += self.tokenizer.encode(piece.replace(TEXT_SLOT, text), allow_special=False)
+        return row
+
+    def _batch(self, rows, sizes, padding, padding_side, return_tensors):
+        if return_tensors and not padding and len({len(row) for row in rows}) > 1:
+            raise InputError('prompts of different lengths make no tensor: pass padding="longest"')
+        if padding or return_tensors:
+            batch = self.tokenizer.pad(rows, padding_side, return_tensors=return_tensors)
+        else:
+            batch = BatchFeature(input_ids=rows, attention_mask=[[1] * len(row) for row in rows])
+        image_size = np.array(sizes, dtype=np.int64)
+        if return_tensors == "pd":
+            import paddle
+
+            image_size = paddle.to_tensor(image_size)
+        batch["image_size"] = image_size if return_tensors else image_size.tolist()
+        return batch
+
+    def tokenize_image(self, images, *, padding_image=False):
+        """Codes of PIL pictures: a list of int64 arrays [h, w]. Pictures of one size are encoded together."""
+        pixels = [self.image_processor(image, return_tensors="np")["pixel_values"][0] for image in images]
+        shapes = [p.shape[1:] for p in pixels]
+        if len(set(shapes)) == 1 or padding_image:
+            height, width = (max(sides) for sides in zip(*shapes, strict=True))
+            padded = [np.pad(p, [(0, 0), (0, height - p.shape[1]), (0, width - p.shape[2])]) for p in pixels]
+            codes = self._encode(np.stack(padded))
+        else:
+            codes = [self._encode(p[None])[0] for p in pixels]
+        factor = self.vision_tokenizer.spatial_scale_factor
+        return [c[: h // factor, : w // factor] for c, (h, w) in zip(codes, shapes, strict=True)]
+
+    def _encode(self, pixels):
+        import paddle
+
+        pixels = paddle.to_tensor(pixels).astype(self.vision_tokenizer.dtype)
+        with paddle.no_grad():
+            return self.vision_tokenizer.encode(pixels).numpy()
+
+    def decode_image(self, codes):
+        """The PIL picture of codes, an integer array [h, w]."""
+        import paddle
+
+        with paddle.no_grad():
+            pixels = self.vision_tokenizer.decode(paddle.to_tensor(np.asarray(codes, dtype=np.int64)[None]))
+        return self.image_processor.postprocess(pixels)["pixel_values"][0]
+
+    def decode(self, ids, skip_special_tokens=False):
+        """Ids to text and pictures: a string or PIL picture where there is one piece, else a list of them.
+
+        A BOI ... EOI that does not hold a whole picture stays text. `skip_special_tokens` concerns the text.
+        """
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        pieces = []
+        for kind, piece in self.grammar.split(ids):
+            piece = self.decode_image(piece) if kind == "picture" else self.tokenizer.decode(piece, skip_special_tokens)
+            if not (isinstance(piece, str) and not piece):
+                pieces.append(piece)
+        return pieces if len(pieces) > 1 else pieces[0] if pieces else ""
+
+    def batch_decode(self, rows, skip_special_tokens=False):
+        """`decode` of each row: lists, an array or a tensor [batch, length]."""
+        return [self.decode(row, skip_special_tokens) for row in rows]
+
+    def multimodal_decode(self, document):
+        """`decode` for the text form, where a visual token is spelled <|visual token 000123|>."""
+        return self.decode(self.tokenizer.encode(document))
+
+    def build_prefix_constrained_fn(self, height, width):
+        """What PaddleNLP's PrefixConstrainedLogitsProcessor asks; height and width: int64 [batch] or [1]."""
+        from paddlemix.models.emu3.utils_emu3 import Emu3PrefixConstrainedLogitsHelper
+
+        g = self.grammar
+        return Emu3PrefixConstrainedLogitsHelper(
+            height, width, g.img, g.eoi, g.eos, g.eol, g.eof, g.pad,
+            list(range(g.first_visual, g.first_visual + g.codebook_size)),
+        )  # fmt: skip

@@ -1,0 +1,50 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What every part of the package shares: the user's mistakes, batches of named tensors, safe writing."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave. Its message is one line that a command prints as it is."""
+
+
+class BatchFeature(dict):
+    """A dict whose keys can be read as attributes: `inputs.input_ids` is `inputs["input_ids"]`."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this batch has no {name!r}, only {sorted(self)}") from None
+
+
+def write_atomically(path, content):
+    """Write text or bytes to `path`, whole or not at all."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with replacing(path) as temporary:
+        Path(temporary).write_bytes(data)
+
+
+class replacing:
+    """A temporary file beside `path` that takes its place if all goes well and vanishes if not."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def __enter__(self):
+        handle, self.temporary = tempfile.mkstemp(
+            prefix=f".{self.path.stem}-", suffix=self.path.suffix, dir=self.path.parent
+        )
+        os.close(handle)
+        return self.temporary
+
+    def __exit__(self, kind, error, traceback):
+        if kind is None:
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(self.temporary, 0o666 & ~umask)  # as any new file: mkstemp's is the owner's alone
+            os.replace(self.temporary, self.path)
+        else:
+            Path(self.temporary).unlink(missing_ok=True)

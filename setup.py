@@ -1,0 +1,20 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+# PaddlePaddle is left out on purpose: CPU and GPU builds are two distributions of one module, and asking
+# for either would install it over the other. Paddle is installed first, or by `make venv`.
+requirements = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8")
+install_requires = [line for line in (raw.split("#")[0].strip() for raw in requirements.splitlines()) if line]
+
+setup(
+    name="paddlemix-emu3",
+    version="0.1.0",
+    description="Emu3, BAAI's native multimodal model, on PaddlePaddle",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_namespace_packages(include=["paddlemix", "paddlemix.*"]),
+    package_data={"": ["*.png", "*.json", "*.md", "*.txt", "*.tiktoken", "*.safetensors"]},
+    install_requires=install_requires,
+)

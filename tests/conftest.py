@@ -1,0 +1,100 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Fixtures that several test files use."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+
+import recipe
+
+MODELS = {  # golden name: (tag of its weights, model_type)
+    "vision_tokenizer": ("public-vq", "Emu3VisionVQ"),
+    "language_model": ("public-lm", "Emu3"),
+}
+
+
+def golden(name):
+    """A golden file: a dict of arrays of a .npz, else what the JSON holds."""
+    path = GOLDEN / name
+    return dict(np.load(path)) if path.suffix == ".npz" else json.loads(path.read_text())
+
+
+def golden_weights(kind):
+    """{name: float32 array} in torch layout, a function of the tag, the names and the shapes alone."""
+    tag, _ = MODELS[kind]
+    return {name: recipe.tensor(tag, name, shape) for name, shape in golden(f"{kind}.layout.json").items()}
+
+
+def write_checkpoint(directory, kind, weights=None, **config):
+    """A checkpoint of the original in the released layout, one file."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": MODELS[kind][1], **golden(f"{kind}.json"), **config}
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    weights = golden_weights(kind) if weights is None else weights
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def relative_error(a, b):
+    return float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max())
+
+
+@pytest.fixture(scope="session")
+def vision_dir(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("vision"), "vision_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def language_dir(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("language"), "language_model")
+
+
+@pytest.fixture(scope="session")
+def vision_model(vision_dir):
+    from paddlemix.models.emu3 import Emu3VisionVQModel
+
+    return Emu3VisionVQModel.from_pretrained(vision_dir)
+
+
+@pytest.fixture(scope="session")
+def language_model(language_dir):
+    from paddlemix.models.emu3 import Emu3ForCausalLM
+
+    return Emu3ForCausalLM.from_pretrained(language_dir)
+
+
+@pytest.fixture(scope="session")
+def vocabulary_dir(tmp_path_factory):
+    """A directory with the tokenizer files of the released Emu3; read it, do not write to it.
+
+    The vocabulary is Qwen's, byte for byte, and PyPI's package `dashscope` carries it.
+    """
+    dashscope = importlib.util.find_spec("dashscope")
+    if dashscope is None:
+        pytest.skip("the real vocabulary comes with dashscope: pip install dashscope==2.0.2")
+    directory = tmp_path_factory.mktemp("emu3-vocabulary")
+    shutil.copyfile(Path(dashscope.origin).parent / "resources/qwen.tiktoken", directory / "emu3.tiktoken")
+    vision = ["<|image token|>", "<|image start|>", "<|image end|>"]
+    vision += [f"<|visual token {code:06d}|>" for code in range(32768)]
+    (directory / "emu3_vision_tokens.txt").write_bytes("".join(f"{token}\n" for token in vision).encode())
+    config = {
+        "added_tokens_decoder": {},
+        "auto_map": {"AutoTokenizer": ["tokenization_emu3.Emu3Tokenizer", None]},
+        "bos_token": "<|extra_203|>",
+        "eos_token": {"content": "<|extra_204|>", "special": True},
+        "model_max_length": 9216,
+        "pad_token": "<|endoftext|>",
+        "padding_side": "left",
+        "tokenizer_class": "Emu3Tokenizer",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    return directory

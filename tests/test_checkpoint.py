@@ -1,0 +1,368 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Checkpoints: every form that is read, what is written, and what is refused."""
+
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+
+import ml_dtypes
+import numpy as np
+import paddle
+import pytest
+from conftest import golden, golden_weights, relative_error, write_checkpoint
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, Emu3VisionVQModel, checkpoint
+
+DATA = golden("language_model.npz")
+IDS = paddle.to_tensor(DATA["plain_ids"])
+
+
+def load(directory, **options):
+    return Emu3ForCausalLM.from_pretrained(directory, **options)
+
+
+def logits_of(model):
+    with paddle.no_grad():
+        return model(IDS).logits.numpy()
+
+
+def in_shards(directory, weights, shards=3):
+    """The released form: model-0000i-of-0000n.safetensors and an index."""
+    names, weight_map = list(weights), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: weights[name] for name in names[i::shards]}
+        save_file(part, directory / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors").unlink(missing_ok=True)
+    return directory
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return write_checkpoint(tmp_path / "checkpoint", "language_model")
+
+
+# --- what is read
+
+
+def test_one_file_and_shards_give_the_same(directory, tmp_path):
+    one = logits_of(load(directory))
+    assert relative_error(one, DATA["plain_logits"]) < 1e-5
+    np.testing.assert_array_equal(logits_of(load(in_shards(directory, golden_weights("language_model")))), one)
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_cast_on_the_way(tmp_path, stored, dtype):
+    weights = {name: w.astype(stored) for name, w in golden_weights("language_model").items()}
+    model = load(write_checkpoint(tmp_path, "language_model", weights), dtype=dtype)
+    for name, (tensor, transposed) in model._checkpoint_state().items():
+        assert str(tensor.dtype) == f"paddle.{dtype}"
+        expected = weights[name].astype(dtype).astype("float32")
+        np.testing.assert_array_equal(tensor.astype("float32").numpy(), expected.T if transposed else expected)
+
+
+def test_dtype_as_paddle_names_it(directory):
+    assert load(directory, dtype=paddle.float16).dtype == paddle.float16
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        load(directory, dtype="int8")
+
+
+def test_a_large_tensor_is_read_in_parts(tmp_path, monkeypatch):
+    """Rows, odd ends, and memory handed back in between, for a straight and a transposed tensor."""
+    monkeypatch.setattr(checkpoint, "RELEASE_BYTES", 1 << 16)
+    x = np.random.RandomState(0).standard_normal([1003, 517]).astype("float32")
+    scalar = np.array(7, dtype="int64")
+    save_file({"a": x, "b": scalar, "c": x + 1}, tmp_path / "x.safetensors")
+    file = checkpoint.SafetensorsFile(tmp_path / "x.safetensors")
+    read = []
+    np.testing.assert_array_equal(file.read("c", "float32", on_bytes=read.append), x + 1)
+    np.testing.assert_array_equal(file.read("a", "float32", transpose=True), x.T)
+    assert file.read("b", "int64") == 7 and sum(read) == x.nbytes
+
+
+def test_released_config_values_can_be_changed(directory):
+    model = load(directory, attention_dropout=0.0)
+    assert model.config.attention_dropout == 0.0 and not model.training
+    with pytest.raises(TypeError, match="convert_from_torch"):
+        load(directory, convert_from_torch=True)
+
+
+# --- what is written
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 100_000])
+def test_saved_as_the_original_lays_it_out(directory, tmp_path, dtype, max_shard_bytes):
+    out = tmp_path / "out"
+    load(directory, dtype=dtype).save_pretrained(out, max_shard_bytes=max_shard_bytes)
+    files = sorted(p.name for p in out.glob("*.safetensors"))
+    if max_shard_bytes == 10**9:
+        assert files == ["model.safetensors"]
+    else:
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert len(files) > 2 and sorted(set(index["weight_map"].values())) == files
+        assert index["metadata"]["total_size"] == sum(w.nbytes for w in golden_weights("language_model").values()) // (
+            1 if dtype == "float32" else 2
+        )
+    found = {}
+    for file in files:
+        with safe_open(out / file, "np") as opened:
+            assert opened.metadata() == {"format": "pt"}
+        found.update({k: v.view(ml_dtypes.bfloat16) if v.dtype == "V2" else v for k, v in read_all(out / file).items()})
+    expected = golden_weights("language_model")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name].astype("float32"), value.astype(dtype).astype("float32"))
+    config = json.loads((out / "config.json").read_text())
+    assert config["torch_dtype"] == dtype and config["architectures"] == ["Emu3ForCausalLM"]
+    assert oct(os.stat(out / files[0]).st_mode & 0o777) == oct(os.stat(out / "config.json").st_mode & 0o777)
+
+
+def read_all(path):
+    """{name: array} by the file format's own definition, bfloat16 too."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    kinds = {"F32": np.float32, "BF16": ml_dtypes.bfloat16}
+    return {
+        name: np.frombuffer(data[8 + size :][slice(*entry["data_offsets"])], kinds[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def test_vision_tokenizer_there_and_back(vision_dir, vision_model, tmp_path):
+    vision_model.save_pretrained(tmp_path)
+    before, after = load_file(vision_dir / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+        assert before[name].dtype == after[name].dtype
+
+
+def test_saving_over_an_earlier_checkpoint_leaves_none_of_it(directory, tmp_path):
+    model = load(directory)
+    model.save_pretrained(tmp_path / "out", max_shard_bytes=100_000)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    model.save_pretrained(tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+    model.save_pretrained(tmp_path / "out", max_shard_bytes=100_000)
+    np.testing.assert_array_equal(logits_of(load(tmp_path / "out")), logits_of(model))
+
+
+def test_a_save_that_fails_leaves_the_earlier_one(directory, tmp_path, monkeypatch):
+    model = load(directory)
+    model.save_pretrained(tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(checkpoint, "_to_array", lambda *a: np.array(["not a number"]))
+    with pytest.raises(Exception, match=r"."):
+        model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+# --- what is refused
+
+
+def refuse(directory, *words):
+    with pytest.raises(ValueError) as error:
+        load(directory)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def change(directory, function):
+    weights = golden_weights("language_model")
+    function(weights)
+    save_file(weights, directory / "model.safetensors")
+
+
+def test_no_such_directory(tmp_path):
+    refuse(tmp_path / "nowhere", "nowhere", "directory that exists")
+    (tmp_path / "file").write_text("")
+    refuse(tmp_path / "file", "directory that exists")
+
+
+def test_no_config(directory):
+    (directory / "config.json").unlink()
+    refuse(directory, "config.json")
+
+
+def test_no_weights(directory):
+    (directory / "model.safetensors").unlink()
+    refuse(directory, "model.safetensors", "download")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model_state.pdparams"])
+def test_pickles_are_never_loaded(directory, name):
+    class Bomb:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('unpickled')",))
+
+    (directory / "model.safetensors").unlink()
+    (directory / name).write_bytes(pickle.dumps(Bomb()))
+    refuse(directory, name, "pickle", "refused")
+
+
+@pytest.mark.parametrize("cut", [1, 7, 9, 100, 5000, -1])
+def test_truncated(directory, cut):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    refuse(directory, "model.safetensors", "truncated")
+
+
+def test_missing_shard_and_wrong_index(directory):
+    in_shards(directory, golden_weights("language_model"))
+    (directory / "model-00002-of-00003.safetensors").unlink()
+    refuse(directory, "model-00002-of-00003.safetensors")
+    in_shards(directory, golden_weights("language_model"))
+    index = directory / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["lm_head.weight"] = "model-00001-of-00003.safetensors"
+    index.write_text(json.dumps(values))
+    refuse(directory, "lacks lm_head.weight")
+    for text in ("{", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../../x.safetensors"}}'):
+        index.write_text(text)
+        refuse(directory, "index" if "x.saf" not in text else "shard")
+
+
+def test_missing_extra_and_wrong_tensors_are_named(directory):
+    change(directory, lambda w: w.pop("model.norm.weight"))
+    refuse(directory, "lacks model.norm.weight")
+    change(directory, lambda w: w.update({"model.surplus": np.ones(3, "float32")}))
+    refuse(directory, "model.surplus")
+    change(directory, lambda w: w.update({"model.norm.weight": np.ones(65, "float32")}))
+    refuse(directory, "model.norm.weight", "[65]", "[64]")
+    change(directory, lambda w: w.update({"model.norm.weight": np.ones(64, "int32")}))
+    refuse(directory, "model.norm.weight", "I32")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_finite(directory, bad):
+    def spoil(weights):
+        weights["model.layers.1.mlp.up_proj.weight"][77, 5] = bad
+
+    change(directory, spoil)
+    refuse(directory, "model.layers.1.mlp.up_proj.weight", "NaN or infinity")
+
+
+def test_large_finite_values_are_not_taken_for_infinity(directory):
+    def enlarge(weights):
+        weights["model.norm.weight"][:] = 3e38
+
+    change(directory, enlarge)
+    assert float(load(directory).model.norm.weight.max()) == np.float32(3e38)
+
+
+def test_damaged_files_are_refused_or_read_never_worse(directory):
+    """Random damage to the header: an InputError, or (where it hit nothing that matters) a model."""
+    path = directory / "model.safetensors"
+    whole, rng = path.read_bytes(), random.Random(0)
+    header = int.from_bytes(whole[:8], "little") + 8
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(header)] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load(directory)
+        except ValueError as error:
+            assert isinstance(error, checkpoint.InputError), repr(error)
+
+
+def test_the_other_kind_of_checkpoint(vision_dir, language_dir):
+    refuse(vision_dir, "Emu3VisionVQ")
+    with pytest.raises(ValueError, match="'Emu3' model"):
+        Emu3VisionVQModel.from_pretrained(language_dir)
+
+
+def test_not_enough_memory(directory, monkeypatch):
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: 100_000)
+    refuse(directory, "GB of memory in float32")
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: 10**10)
+    with pytest.raises(ValueError, match="GB of memory for the keys and values of 100000000 tokens"):
+        load(directory).make_cache(1, 100_000_000)
+
+
+# --- the hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub cache on disk, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def cache(hub, name, directory):
+    """What huggingface_hub leaves of a download."""
+    home, commit = hub / ("models--" + name.replace("/", "--")), "0" * 40
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(commit)
+    shutil.copytree(directory, home / "snapshots" / commit)
+
+
+def test_a_hub_name_from_the_cache(hub, directory):
+    in_shards(directory, golden_weights("language_model"))
+    cache(hub, "BAAI/Emu3-Gen", directory)
+    assert relative_error(logits_of(load("BAAI/Emu3-Gen")), DATA["plain_logits"]) < 1e-5
+
+
+def test_no_network_and_nothing_cached(hub):
+    refuse("BAAI/Emu3-Gen", "BAAI/Emu3-Gen", "not in the local cache", "HF_ENDPOINT")
+
+
+def test_only_the_needed_files_are_asked_for(directory, monkeypatch):
+    in_shards(directory, golden_weights("language_model"))
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(directory)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    load("BAAI/Emu3-Gen")
+    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert asked == ["config.json", "model.safetensors", "model.safetensors.index.json", *shards]
+
+
+def test_hub_errors_are_one_line(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    class Response:
+        headers, status_code, request = {}, 404, None
+
+    def fail(kind):
+        def snapshot_download(*args, **kwargs):
+            raise kind("first line\nsecond line", response=Response()) if issubclass(kind, IOError) else kind("x\ny")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+    for kind, words in [
+        (errors.RepositoryNotFoundError, "no such checkpoint"),
+        (errors.GatedRepoError, "login"),
+        (errors.HfHubHTTPError, "first line"),
+    ]:
+        fail(kind)
+        refuse("BAAI/Emu3-Gen", words)
+
+
+def test_memory_of_the_released_model_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    Emu3Config().save_pretrained(tmp_path)
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: 30 * 10**9)
+    sizes = golden("layout-Emu3-8B.json").values()
+    expected = f"{4 * sum(map(math.prod, sizes)) / 1e9:.1f} GB"
+    assert re.fullmatch(r"3\d\.\d GB", expected)
+    refuse(tmp_path, expected, "30.0 GB are free")

@@ -1,0 +1,232 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The language model against the original's numbers, and against itself another way."""
+
+import numpy as np
+import paddle
+import pytest
+from conftest import golden, relative_error
+
+from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM
+from paddlemix.models.emu3 import modeling_emu3 as modeling
+
+DATA = golden("language_model.npz")
+IDS, MASK = paddle.to_tensor(DATA["padded_ids"]), paddle.to_tensor(DATA["padded_mask"])
+LABELS = paddle.where(MASK == 1, IDS, paddle.full_like(IDS, -100))
+
+
+def logits_of(model, *args, **kwargs):
+    with paddle.no_grad():
+        return model(*args, **kwargs).logits.numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("plain", {}),
+        ("linear", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("dynamic", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 24}),
+    ],
+)
+def test_golden_logits(language_dir, name, config):
+    model = Emu3ForCausalLM.from_pretrained(language_dir, **config)
+    logits = logits_of(model, paddle.to_tensor(DATA[f"{name}_ids"]))
+    assert relative_error(logits, DATA[f"{name}_logits"]) < 1e-5
+
+
+def test_golden_left_padded_batch(language_model):
+    with paddle.no_grad():
+        output = language_model(IDS, MASK, labels=LABELS)
+    real = DATA["padded_mask"] == 1
+    assert relative_error(output.logits.numpy()[real], DATA["padded_logits"][real]) < 1e-5
+    assert float(output.loss) == pytest.approx(float(DATA["loss"]), rel=1e-6)
+
+
+def test_padding_changes_nothing(language_model):
+    alone = logits_of(language_model, IDS[:1, 7:])
+    padded = logits_of(language_model, IDS, MASK)[:1, 7:]
+    assert relative_error(padded, alone) < 1e-5
+
+
+def test_given_position_ids_count(language_model):
+    shifted = logits_of(language_model, IDS[1:], position_ids=paddle.arange(5, 25).unsqueeze(0))
+    assert relative_error(shifted, logits_of(language_model, IDS[1:])) < 1e-4  # rotary positions are relative
+    other = logits_of(language_model, IDS[1:], position_ids=2 * paddle.arange(20).unsqueeze(0))
+    assert relative_error(other, logits_of(language_model, IDS[1:])) > 1e-2
+
+
+def test_in_pieces_through_the_cache(language_model):
+    whole = logits_of(language_model, IDS, MASK)
+    cache = language_model.make_cache(2, 20)
+    pieces = [
+        logits_of(language_model, IDS[:, a:b], MASK[:, :b], past_key_values=cache)
+        for a, b in [(0, 9), (9, 10), (10, 16), (16, 20)]
+    ]
+    assert relative_error(np.concatenate(pieces, axis=1)[:, 7:], whole[:, 7:]) < 1e-5
+    with pytest.raises(ValueError, match="do not fit a cache"):
+        language_model(IDS[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_chunks(monkeypatch, masked):
+    """Against the formula, spelled out in float64."""
+    monkeypatch.setattr(modeling, "QUERY_CHUNK", 4)
+    rng = np.random.RandomState(0)
+    query, key, value = (rng.standard_normal(s).astype("float32") for s in ([2, 10, 6, 8], [2, 13, 3, 8], [2, 13, 3, 8]))
+    allowed = np.ones([2, 13], dtype=bool)
+    allowed[0, :2] = not masked
+    out = modeling.attend(*map(paddle.to_tensor, (query, key, value)), paddle.to_tensor(allowed) if masked else None)
+    expected = np.zeros([2, 10, 6, 8])
+    for b, q, h in np.ndindex(2, 10, 6):
+        seen = np.flatnonzero(allowed[b] & (np.arange(13) <= q + 3))
+        scores = key[b, seen, h // 2].astype("float64") @ query[b, q, h] / np.sqrt(8)
+        weights = np.exp(scores - scores.max())
+        expected[b, q, h] = weights @ value[b, seen, h // 2] / weights.sum()
+    assert relative_error(out.numpy(), expected.reshape(2, 10, 48)) < 1e-5
+
+
+def test_flash_attention_is_given_what_it_can_do(monkeypatch):
+    """Which calls take it; the kernel itself needs a card."""
+    calls = []
+    monkeypatch.setattr(modeling, "_has_flash_attention", lambda query: True)
+    monkeypatch.setattr(
+        modeling.F, "scaled_dot_product_attention", lambda q, k, v, **how: calls.append(how["is_causal"]) or q
+    )
+    query, key = paddle.ones([1, 5, 4, 8]), paddle.ones([1, 5, 2, 8])
+    modeling.attend(query, key, key)
+    modeling.attend(query[:, :1], key, key)
+    assert calls == [True, False]
+    modeling.attend(query[:, :3], key, key)  # new tokens after old ones
+    modeling.attend(query, key, key, paddle.ones([1, 5], dtype="bool"))  # padding
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("mask", [MASK, None])
+def test_golden_greedy_generate(language_model, mask):
+    ids, _ = language_model.generate(IDS, attention_mask=mask, max_new_tokens=24, decode_strategy="greedy_search")
+    np.testing.assert_array_equal(ids.numpy(), DATA["greedy"][:, 20:])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_beam_search(language_model, use_cache):
+    """With the cache and without; more tokens than the cache has at first."""
+    ids, scores = language_model.generate(
+        IDS, attention_mask=MASK, max_new_tokens=70, decode_strategy="beam_search", num_beams=3, use_cache=use_cache
+    )
+    again, _ = language_model.generate(
+        IDS[:1, 7:], max_new_tokens=70, decode_strategy="beam_search", num_beams=3, use_cache=False
+    )
+    length = again.shape[1]
+    np.testing.assert_array_equal(ids.numpy()[:1, :length], again.numpy())
+    assert (ids.numpy()[0, length:] == 200).all()  # the shorter answer is padded
+
+
+def test_sampling(language_model):
+    paddle.seed(0)
+    ids, _ = language_model.generate(
+        IDS, attention_mask=MASK, max_new_tokens=9, decode_strategy="sampling", top_k=4, num_return_sequences=2
+    )
+    assert ids.shape == [4, 9]
+    for row, prompt, mask in zip(ids, IDS.repeat_interleave(2, 0), MASK.repeat_interleave(2, 0), strict=True):
+        whole = paddle.concat([prompt[mask == 1], row]).unsqueeze(0)
+        ranks = (-logits_of(language_model, whole)[0, -10:-1]).argsort(-1)[:, :4]
+        assert all(token in best for token, best in zip(row.tolist(), ranks, strict=True))
+
+
+def test_a_batch_stops_on_eos_row_by_row(language_model):
+    greedy = DATA["greedy"][:, 20:]
+    eos = int(greedy[0, 3])
+    assert eos not in greedy[0, :3] and eos not in greedy[1, :4]
+    ids, _ = language_model.generate(IDS, attention_mask=MASK, max_new_tokens=24, eos_token_id=eos, pad_token_id=200)
+    np.testing.assert_array_equal(ids.numpy()[0, :4], greedy[0, :4])
+    assert (ids.numpy()[0, 4:] == 200).all()
+    length = ids.shape[1]
+    np.testing.assert_array_equal(ids.numpy()[1], greedy[1, :length])
+
+
+def test_logits_for_the_last_positions_alone(language_model):
+    whole = logits_of(language_model, IDS, MASK)
+    last = logits_of(language_model, IDS, MASK, logits_to_keep=2)
+    assert last.shape == (2, 2, 512)
+    assert relative_error(last, whole[:, -2:]) < 1e-5
+    assert language_model.prepare_inputs_for_generation(IDS)["logits_to_keep"] == 1
+
+
+def test_embeddings_in_place_of_ids_and_plain_tuples(language_model):
+    with paddle.no_grad():
+        embeddings = language_model.get_input_embeddings()(IDS)
+        logits, cache = language_model(attention_mask=MASK, inputs_embeds=embeddings, return_dict=False)
+    assert relative_error(logits.numpy(), logits_of(language_model, IDS, MASK)) < 1e-5
+    assert cache.length == 20
+    with pytest.raises(ValueError, match="one of the two"):
+        language_model(IDS, inputs_embeds=embeddings)
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        language_model(IDS, MASK[:, 1:])
+
+
+def gradients(model):
+    model.clear_gradients()
+    model(IDS, MASK, labels=LABELS).loss.backward()
+    return {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(language_dir):
+    model = Emu3ForCausalLM.from_pretrained(language_dir, attention_dropout=0.0).train()
+    plain = gradients(model)
+    calls = []
+    original = modeling.Emu3DecoderLayer.forward
+    modeling.Emu3DecoderLayer.forward = lambda self, *args: calls.append(1) or original(self, *args)
+    try:
+        model.gradient_checkpointing_enable()
+        checkpointed = gradients(model)
+    finally:
+        modeling.Emu3DecoderLayer.forward = original
+    assert len(calls) == 2 * 3  # forward, and once more in backward
+    assert all(relative_error(checkpointed[name], plain[name]) < 1e-5 for name in plain)
+
+
+def test_gradient_of_the_loss(language_dir):
+    """Against a central difference along a random direction of one weight."""
+    model = Emu3ForCausalLM.from_pretrained(language_dir)
+    weight = model.model.layers[1].self_attn.k_proj.weight
+    direction = np.random.RandomState(0).standard_normal(weight.shape).astype("float32")
+    slope = float((gradients(model)["model.layers.1.self_attn.k_proj.weight"] * direction).sum())
+    start, losses = weight.numpy().copy(), []
+    for step in (1e-3, -1e-3):
+        weight.set_value(start + step * direction)
+        losses.append(float(model(IDS, MASK, labels=LABELS).loss))
+    assert slope == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=0.02)
+
+
+def test_dropout_only_in_training(language_dir):
+    model = Emu3ForCausalLM.from_pretrained(language_dir)
+    assert model.config.attention_dropout == 0.1
+    np.testing.assert_array_equal(logits_of(model, IDS, MASK), logits_of(model, IDS, MASK))
+    model.train()
+    paddle.seed(1)
+    first = logits_of(model, IDS, MASK)
+    assert relative_error(first, logits_of(model, IDS, MASK)) > 1e-3
+
+
+def test_tied_embeddings(tmp_path):
+    config = Emu3Config(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Emu3ForCausalLM(config).eval()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    ids = paddle.to_tensor([[1, 2, 3]])
+    before = logits_of(model, ids)
+    model.save_pretrained(tmp_path)
+    again = Emu3ForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    np.testing.assert_array_equal(logits_of(again, ids), before)
+    again.train()
+    again(ids, labels=ids).loss.backward()
+
+
+def test_released_names_and_shapes():
+    with paddle.LazyGuard():
+        model = Emu3ForCausalLM(Emu3Config())
+    state = model._checkpoint_state()
+    shapes = {name: list(t.shape)[::-1] if transposed else list(t.shape) for name, (t, transposed) in state.items()}
+    assert shapes == golden("layout-Emu3-8B.json")
