@@ -51,9 +51,8 @@ endif
 	fi; \
 	echo "Making .venv with Python $$found and $(PADDLE): some minutes the first time"; \
 	"$$python" -m venv --clear .venv
-	@$(PIP) -r requirements.txt -r requirements-dev.txt
+	@$(PIP) -r requirements.txt -r requirements-dev.txt -e .
 	@$(PIP) $(PADDLE)
-	@$(PIP) --no-build-isolation --no-deps -e .
 	@$(if $(PADDLE_ASKED),echo '$(PADDLE_ASKED)' > $(PADDLE_FILE))
 	@touch $@
 

@@ -135,7 +135,9 @@ def read_all(path):
     header = json.loads(data[8 : 8 + size])
     kinds = {"F32": np.float32, "BF16": ml_dtypes.bfloat16}
     return {
-        name: np.frombuffer(data[8 + size :][slice(*entry["data_offsets"])], kinds[entry["dtype"]]).reshape(entry["shape"])
+        name: np.frombuffer(data[8 + size :][slice(*entry["data_offsets"])], kinds[entry["dtype"]]).reshape(
+            entry["shape"]
+        )
         for name, entry in header.items()
         if name != "__metadata__"
     }

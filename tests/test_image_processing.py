@@ -74,10 +74,16 @@ def test_a_refused_size_is_explained():
 # Pixels
 
 
-@pytest.mark.parametrize("picture, pixels", [
-    ("image0", "pixels0"), ("image1", "pixels1"), ("image2", "pixels2"), ("gray", "gray_pixels"),
-    ("rgba", "rgba_pixels"),
-])
+@pytest.mark.parametrize(
+    "picture, pixels",
+    [
+        ("image0", "pixels0"),
+        ("image1", "pixels1"),
+        ("image2", "pixels2"),
+        ("gray", "gray_pixels"),
+        ("rgba", "rgba_pixels"),
+    ],
+)
 def test_pixels_are_the_originals(golden, small, picture, pixels):
     pixel_values = small(Image.fromarray(golden[picture])).pixel_values
     assert pixel_values.dtype == np.float32 and pixel_values.flags.c_contiguous
@@ -120,10 +126,30 @@ def in_mode(mode, grey):
     return image.convert(straight).convert(mode)
 
 
-@pytest.mark.parametrize("mode", [
-    "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F",
-    "I;16", "I;16L", "I;16B",
-])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "1",
+        "L",
+        "LA",
+        "La",
+        "P",
+        "PA",
+        "RGB",
+        "RGBA",
+        "RGBa",
+        "RGBX",
+        "CMYK",
+        "YCbCr",
+        "HSV",
+        "LAB",
+        "I",
+        "F",
+        "I;16",
+        "I;16L",
+        "I;16B",
+    ],
+)
 def test_every_mode_of_pillow(same_size, mode):
     grey = np.repeat([[0, 64, 128, 255]], 16, axis=0).repeat(16, axis=1).astype(np.uint8)  # four bars
     if mode == "1":
@@ -245,16 +271,19 @@ def test_other_means_and_scales_are_undone(colours):
 # Mistakes
 
 
-@pytest.mark.parametrize("images, message", [
-    ([], "no picture in the list"),
-    ("cat.png", "cannot be a str: .*load_image"),
-    (np.zeros((32, 32, 3), np.float32), r"array \[32, 32, 3\] of float32"),
-    (np.zeros((32, 32, 4), np.uint8), r"array \[32, 32, 4\] of uint8"),
-    (np.zeros((2, 32, 32, 3), np.uint8), r"array \[2, 32, 32, 3\] of uint8"),
-    (np.zeros((0, 32), np.uint8), r"array \[0, 32\]"),
-    (Image.new("RGB", (600, 100)), "6.00 times the other"),
-    (Image.new("I", (0, 0)), "too small"),
-])
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        ([], "no picture in the list"),
+        ("cat.png", "cannot be a str: .*load_image"),
+        (np.zeros((32, 32, 3), np.float32), r"array \[32, 32, 3\] of float32"),
+        (np.zeros((32, 32, 4), np.uint8), r"array \[32, 32, 4\] of uint8"),
+        (np.zeros((2, 32, 32, 3), np.uint8), r"array \[2, 32, 32, 3\] of uint8"),
+        (np.zeros((0, 32), np.uint8), r"array \[0, 32\]"),
+        (Image.new("RGB", (600, 100)), "6.00 times the other"),
+        (Image.new("I", (0, 0)), "too small"),
+    ],
+)
 def test_what_is_no_picture_is_refused(small, images, message):
     with pytest.raises(InputError, match=message):
         small(images)
@@ -272,20 +301,35 @@ def test_other_return_tensors_are_refused(golden, small):
         small.postprocess(golden["post_in"], return_tensors="pt")
 
 
-@pytest.mark.parametrize("pixels", [
-    np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((1, 1, 3, 8, 8), np.float32),
-    np.zeros((0, 3, 8, 8), np.float32), [0.0, 1.0],
-])
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((3, 8, 8), np.uint8),
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((1, 1, 3, 8, 8), np.float32),
+        np.zeros((0, 3, 8, 8), np.float32),
+        [0.0, 1.0],
+    ],
+)
 def test_what_are_no_pixels_is_refused(small, pixels):
     with pytest.raises(InputError, match="give a float array or tensor"):
         small.postprocess(pixels)
 
 
-@pytest.mark.parametrize("setting", [
-    {"min_pixels": 0}, {"max_pixels": "big"}, {"spatial_factor": 8.0}, {"resample": 9}, {"do_resize": "yes"},
-    {"rescale_factor": float("nan")}, {"image_mean": [0.5, 0.5]}, {"image_std": [0.5, 0, 0.5]},
-    {"min_pixels": 10_000, "max_pixels": 9_999},
-])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"min_pixels": 0},
+        {"max_pixels": "big"},
+        {"spatial_factor": 8.0},
+        {"resample": 9},
+        {"do_resize": "yes"},
+        {"rescale_factor": float("nan")},
+        {"image_mean": [0.5, 0.5]},
+        {"image_std": [0.5, 0, 0.5]},
+        {"min_pixels": 10_000, "max_pixels": 9_999},
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(setting):
     with pytest.raises(InputError, match=next(iter(setting))):
         Emu3VisionVQImageProcessor(**setting)
@@ -303,10 +347,18 @@ def test_without_conversion_only_rgb_is_taken(colours):
 
 RELEASED = {  # as it stands in the released checkpoint
     "auto_map": {"AutoImageProcessor": "image_processing_emu3visionvq.Emu3VisionVQImageProcessor"},
-    "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
-    "image_mean": [0.5, 0.5, 0.5], "image_processor_type": "Emu3VisionVQImageProcessor",
-    "image_std": [0.5, 0.5, 0.5], "max_pixels": 1048576, "min_pixels": 262144, "resample": 3,
-    "rescale_factor": 0.00392156862745098, "size": {"max_pixels": 1048576, "min_pixels": 262144},
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_processor_type": "Emu3VisionVQImageProcessor",
+    "image_std": [0.5, 0.5, 0.5],
+    "max_pixels": 1048576,
+    "min_pixels": 262144,
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+    "size": {"max_pixels": 1048576, "min_pixels": 262144},
     "spatial_factor": 8,
 }
 
@@ -341,8 +393,9 @@ def test_overrides_go_before_the_file(tmp_path):
         Emu3VisionVQImageProcessor.from_pretrained(tmp_path, min_pixel=64)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"resample": "bicubic"}', '{"min_pixels": 2000000}',
-                                  '{"rescale_factor": 0}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1, 2]", '{"resample": "bicubic"}', '{"min_pixels": 2000000}', '{"rescale_factor": 0}']
+)
 def test_a_bad_settings_file_is_named(tmp_path, text):
     with pytest.raises(InputError, match="preprocessor_config.json: "):
         Emu3VisionVQImageProcessor.from_pretrained(write_settings(tmp_path, text))

@@ -71,7 +71,9 @@ def test_attention_in_chunks(monkeypatch, masked):
     """Against the formula, spelled out in float64."""
     monkeypatch.setattr(modeling, "QUERY_CHUNK", 4)
     rng = np.random.RandomState(0)
-    query, key, value = (rng.standard_normal(s).astype("float32") for s in ([2, 10, 6, 8], [2, 13, 3, 8], [2, 13, 3, 8]))
+    query, key, value = (
+        rng.standard_normal(s).astype("float32") for s in ([2, 10, 6, 8], [2, 13, 3, 8], [2, 13, 3, 8])
+    )
     allowed = np.ones([2, 13], dtype=bool)
     allowed[0, :2] = not masked
     out = modeling.attend(*map(paddle.to_tensor, (query, key, value)), paddle.to_tensor(allowed) if masked else None)

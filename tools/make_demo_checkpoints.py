@@ -14,19 +14,29 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-VISION_CONFIG = {"architectures": ["Emu3VisionVQModel"], "model_type": "Emu3VisionVQ", "ch": 32, "torch_dtype": "float32"}
+VISION_CONFIG = {
+    "architectures": ["Emu3VisionVQModel"],
+    "model_type": "Emu3VisionVQ",
+    "ch": 32,
+    "torch_dtype": "float32",
+}
 LANGUAGE_CONFIG = {
     "architectures": ["Emu3ForCausalLM"], "model_type": "Emu3", "hidden_size": 64, "intermediate_size": 160,
     "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "torch_dtype": "float32",
+    "initializer_range": 0.2,  # wide enough for the random logits to depend on the prompt
 }  # fmt: skip
 CHECKPOINTS = ("Emu3-VisionTokenizer", "Emu3-Gen", "Emu3-Chat")
 
 
 def write_vision_tokenizer(directory, config=VISION_CONFIG, min_pixels=64 * 64, max_pixels=192 * 192):
+    import paddle
+
     from paddlemix.models.emu3 import Emu3VisionVQConfig, Emu3VisionVQModel
     from paddlemix.processors import Emu3VisionVQImageProcessor
 
-    Emu3VisionVQModel(Emu3VisionVQConfig(**config)).save_pretrained(directory)
+    model = Emu3VisionVQModel(Emu3VisionVQConfig(**config))
+    paddle.nn.initializer.Normal(0.0, 1.0)(model.quantize.embedding.weight)  # codes that can be told apart
+    model.save_pretrained(directory)
     Emu3VisionVQImageProcessor(min_pixels=min_pixels, max_pixels=max_pixels).save_pretrained(directory)
 
 

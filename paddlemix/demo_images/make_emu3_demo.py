@@ -22,8 +22,7 @@ def draw_words(size):
     """The words, white on black, mode L."""
     words = Image.new("L", size)
     draw = ImageDraw.Draw(words)
-    draw.multiline_text((size[0] // 2, 20), QUOTATION, 255, ImageFont.load_default(26), "ma", spacing=9,
-                        align="center")
+    draw.multiline_text((size[0] // 2, 20), QUOTATION, 255, ImageFont.load_default(26), "ma", spacing=9, align="center")
     draw.text((size[0] - 28, 95), AUTHOR, 255, ImageFont.load_default(17), "ra")
     return words
 

@@ -17,8 +17,20 @@ from paddlemix.utils import BatchFeature, InputError, write_atomically
 
 CONFIG_NAME = "preprocessor_config.json"
 # What Pillow's readers raise on damaged files: they check little, and fail where the wrong bytes lead them.
-DAMAGE = (OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError,
-          MemoryError, RuntimeError, struct.error, zlib.error)
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 
 
 def smart_resize(height, width, factor=8, min_pixels=512 * 512, max_pixels=1024 * 1024):
@@ -33,8 +45,10 @@ def smart_resize(height, width, factor=8, min_pixels=512 * 512, max_pixels=1024 
         raise InputError(f"{picture} is too small: give one of at least {factor} pixels a side")
     ratio = max(height, width) / min(height, width)
     if ratio > 5:
-        raise InputError(f"{picture} is too narrow: one side is {ratio:.2f} times the other, and at most "
-                         "5 times is accepted; crop it or give it a border")
+        raise InputError(
+            f"{picture} is too narrow: one side is {ratio:.2f} times the other, and at most "
+            "5 times is accepted; crop it or give it a border"
+        )
     sides = [round(side / factor) for side in (height, width)]
     if math.prod(sides) * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -43,8 +57,9 @@ def smart_resize(height, width, factor=8, min_pixels=512 * 512, max_pixels=1024 
         enlarge = math.sqrt(min_pixels / (height * width))
         sides = [math.ceil(side * enlarge / factor) for side in (height, width)]
     if min(sides) == 0:
-        raise InputError(f"{picture} cannot have max_pixels={max_pixels} and sides of at least {factor}: "
-                         "give a larger max_pixels")
+        raise InputError(
+            f"{picture} cannot have max_pixels={max_pixels} and sides of at least {factor}: give a larger max_pixels"
+        )
     return sides[0] * factor, sides[1] * factor
 
 
@@ -106,8 +121,10 @@ def _deep_grey_to_l(image):
     whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
     white = next((white for white in whites if values.max(initial=0) <= white), None)
     if white is None:
-        raise InputError(f"a picture of mode {image.mode} has the value {values.max():g}, and 0 to 65535 are "
-                         "accepted: convert it to 8 bits first")
+        raise InputError(
+            f"a picture of mode {image.mode} has the value {values.max():g}, and 0 to 65535 are "
+            "accepted: convert it to 8 bits first"
+        )
     return Image.fromarray(np.rint(values.clip(0) * (255 / white)).astype(np.uint8))
 
 
@@ -140,8 +157,10 @@ FLAG = (lambda value: isinstance(value, bool), "true or false")
 COUNT = (_is_count, "a whole number of at least 1")
 SETTINGS = {  # name: (whether a value is good, what is accepted)
     "do_resize": FLAG,
-    "resample": (lambda value: isinstance(value, int) and _is_number(value) and 0 <= value <= 5,
-                 "one of Pillow's filters 0 to 5, for example 3 (bicubic)"),
+    "resample": (
+        lambda value: isinstance(value, int) and _is_number(value) and 0 <= value <= 5,
+        "one of Pillow's filters 0 to 5, for example 3 (bicubic)",
+    ),
     "do_rescale": FLAG,
     "rescale_factor": (lambda value: _is_number(value) and _is_divisor(value), "a number other than 0"),
     "do_normalize": FLAG,
@@ -161,9 +180,22 @@ class Emu3VisionVQImageProcessor:
     written back. InputError: a value that is not accepted.
     """
 
-    def __init__(self, /, do_resize=True, resample=3, do_rescale=True, rescale_factor=1 / 255,
-                 do_normalize=True, image_mean=None, image_std=None, do_convert_rgb=True,
-                 min_pixels=512 * 512, max_pixels=1024 * 1024, spatial_factor=8, **other_keys):
+    def __init__(
+        self,
+        /,
+        do_resize=True,
+        resample=3,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=None,
+        image_std=None,
+        do_convert_rgb=True,
+        min_pixels=512 * 512,
+        max_pixels=1024 * 1024,
+        spatial_factor=8,
+        **other_keys,
+    ):
         self.do_resize = do_resize
         self.resample = resample
         self.do_rescale = do_rescale
@@ -232,8 +264,10 @@ class Emu3VisionVQImageProcessor:
         pixels = [self._pixels(image) for image in images]
         shapes = sorted({f"{height}x{width}" for _, height, width in (one.shape for one in pixels)})
         if len(shapes) > 1:
-            raise InputError(f"the pictures come to different sizes, {', '.join(shapes)} (height x width), "
-                             "but a batch has one: give one a call, or padding_image=True to Emu3Processor")
+            raise InputError(
+                f"the pictures come to different sizes, {', '.join(shapes)} (height x width), "
+                "but a batch has one: give one a call, or padding_image=True to Emu3Processor"
+            )
         pixel_values = np.stack(pixels)
         if return_tensors == "pd":
             import paddle
@@ -251,8 +285,9 @@ class Emu3VisionVQImageProcessor:
         elif image.mode != "RGB":
             raise InputError(f"the picture's mode is {image.mode}: with do_convert_rgb off, give RGB")
         if self.do_resize:
-            height, width = smart_resize(image.height, image.width, self.spatial_factor, self.min_pixels,
-                                         self.max_pixels)
+            height, width = smart_resize(
+                image.height, image.width, self.spatial_factor, self.min_pixels, self.max_pixels
+            )
             image = image.resize((width, height), self.resample)
         pixels = np.asarray(image)  # [H, W, 3]
         if self.do_rescale:  # in float64 and rounded once: the original's numbers to the last bit
@@ -273,8 +308,10 @@ class Emu3VisionVQImageProcessor:
             raise InputError(f'return_tensors cannot be {return_tensors!r}: give "PIL.Image.Image" or "np"')
         dtype, shape = getattr(images, "dtype", type(images).__name__), list(getattr(images, "shape", []))
         if "float" not in str(dtype) or len(shape) not in (3, 4) or shape[-3] != 3 or 0 in shape:
-            raise InputError(f"pixels cannot be {shape} of {dtype}: give a float array or tensor in [-1, 1], "
-                             "[B, 3, H, W] or [3, H, W]")
+            raise InputError(
+                f"pixels cannot be {shape} of {dtype}: give a float array or tensor in [-1, 1], "
+                "[B, 3, H, W] or [3, H, W]"
+            )
         if not isinstance(images, np.ndarray):
             images = images.astype("float32").numpy()  # numpy has no bfloat16, so Paddle widens it
         pixels = images.astype(np.float32).reshape(-1, *shape[-3:]).transpose(0, 2, 3, 1)

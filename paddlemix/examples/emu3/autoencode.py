@@ -7,7 +7,16 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[3])  # this checkout's paddlemix, installed or not
 
 from paddlemix.examples.emu3.common import (  # noqa: E402
-    Stopwatch, find_file, frame_paths, make_parser, progress_bar, run, save_picture, side_by_side, write_stats, wrote,
+    Stopwatch,
+    find_file,
+    frame_paths,
+    make_parser,
+    progress_bar,
+    run,
+    save_picture,
+    side_by_side,
+    write_stats,
+    wrote,
 )  # fmt: skip
 
 

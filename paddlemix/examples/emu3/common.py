@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from paddlemix.utils import InputError, replacing, write_atomically
+from paddlemix.utils import InputError, peak_host_memory, replacing, write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -216,9 +216,7 @@ def peak_memory():
 
     if paddle.get_device() != "cpu":
         return paddle.device.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_host_memory()
 
 
 def wrote(paths):

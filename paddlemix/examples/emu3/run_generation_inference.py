@@ -2,12 +2,22 @@
 """Draw pictures from prompts."""
 
 import sys
+from math import gcd
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])  # this checkout's paddlemix, installed or not
 
 from paddlemix.examples.emu3.common import (  # noqa: E402
-    Stopwatch, add_dtype, free_paths, load_models, make_parser, note, progress_bar, run, save_picture, write_stats,
+    Stopwatch,
+    add_dtype,
+    free_paths,
+    load_models,
+    make_parser,
+    note,
+    progress_bar,
+    run,
+    save_picture,
+    write_stats,
     wrote,
 )  # fmt: skip
 
@@ -64,9 +74,12 @@ def one_each(args):
         raise InputError(f"--num_images must be 1 or more, got {args.num_images}")
     if args.height < 1 or args.width < 1:
         raise InputError(f"--height and --width must be positive, got {args.height} and {args.width}")
-    ratios = args.ratio or [f"{args.width}:{args.height}"]
+    common = gcd(args.width, args.height)
+    ratios = args.ratio or [f"{args.width // common}:{args.height // common}"]
     if len(ratios) not in (1, len(args.prompt)):
-        raise InputError(f"give one --ratio for all prompts or one each: {len(args.prompt)} prompts, {len(ratios)} ratios")
+        raise InputError(
+            f"give one --ratio for all prompts or one each: {len(args.prompt)} prompts, {len(ratios)} ratios"
+        )
     ratios = ratios * (len(args.prompt) // len(ratios))
     return [[x for x in values for _ in range(args.num_images)] for values in (args.prompt, ratios)]
 
@@ -85,21 +98,32 @@ def warn_if_too_long(config, processor, prompt_length, ratio, size):
     if needed > limit:
         factor = processor.vision_tokenizer.spatial_scale_factor
         best = largest_size(ratio, limit - prompt_length, processor.grammar, factor)
-        advice = f"the largest at {ratio} that fits is --height={best[0] * factor} --width={best[1] * factor}" if best else "no picture fits"
-        note(f"{size[1] * factor} x {size[0] * factor} pixels take {needed} tokens, the model has {limit} positions; {advice}")
+        advice = (
+            f"the largest at {ratio} that fits is --height={best[0] * factor} --width={best[1] * factor}"
+            if best
+            else "no picture fits"
+        )
+        pixels = f"{size[1] * factor} x {size[0] * factor} pixels"
+        note(f"{pixels} take {needed} tokens, the model has {limit} positions; {advice}")
 
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
     parser.add_argument("--model_path", default="BAAI/Emu3-Gen", help="a directory or a hub name")
     parser.add_argument("--vq_model_path", default="BAAI/Emu3-VisionTokenizer", help="a directory or a hub name")
-    parser.add_argument("--prompt", nargs="+", default=["a portrait of young girl."], help="one or more, drawn together")
-    parser.add_argument("--ratio", nargs="+", help="width:height, one for all prompts or one each (default: of --width and --height)")
+    parser.add_argument(
+        "--prompt", nargs="+", default=["a portrait of young girl."], help="one or more, drawn together"
+    )
+    parser.add_argument(
+        "--ratio", nargs="+", help="width:height, one for all prompts or one each (default: of --width and --height)"
+    )
     parser.add_argument("--height", type=int, default=720, help="with --width: how many pixels the picture has")
     parser.add_argument("--width", type=int, default=720, help="with --height: how many pixels the picture has")
     parser.add_argument("--negative_prompt", help="what to lead away from (default: the original's)")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="1 is no guidance, and half the work")
-    parser.add_argument("--top_k", type=int, default=2048, help="draw from so many likeliest tokens; 0 is all, 1 greedy")
+    parser.add_argument(
+        "--top_k", type=int, default=2048, help="draw from so many likeliest tokens; 0 is all, 1 greedy"
+    )
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 is more likely, above 1 more varied")
     parser.add_argument("--seed", type=int, help="the same seed gives the same picture (default: a new one)")

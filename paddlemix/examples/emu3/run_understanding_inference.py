@@ -7,7 +7,14 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[3])  # this checkout's paddlemix, installed or not
 
 from paddlemix.examples.emu3.common import (  # noqa: E402
-    Stopwatch, add_dtype, find_file, load_models, make_parser, note, run, write_stats,
+    Stopwatch,
+    add_dtype,
+    find_file,
+    load_models,
+    make_parser,
+    note,
+    run,
+    write_stats,
 )  # fmt: skip
 
 
@@ -81,7 +88,10 @@ if __name__ == "__main__":
     parser.add_argument("--model_path", default="BAAI/Emu3-Chat", help="a directory or a hub name")
     parser.add_argument("--vq_model_path", default="BAAI/Emu3-VisionTokenizer", help="a directory or a hub name")
     parser.add_argument(
-        "--image_path", nargs="+", default=["paddlemix/demo_images/emu3_demo.png"], help="one or more, answered together"
+        "--image_path",
+        nargs="+",
+        default=["paddlemix/demo_images/emu3_demo.png"],
+        help="one or more, answered together",
     )
     parser.add_argument(
         "--question", nargs="+", default=["Please describe the image"], help="one for all pictures or one each"

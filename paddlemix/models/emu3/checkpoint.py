@@ -334,9 +334,7 @@ class CheckpointMixin:
         """{checkpoint name: (parameter or buffer, whether the checkpoint has it transposed)}"""
         from paddle import nn
 
-        transposed = {
-            f"{prefix}.weight" for prefix, layer in self.named_sublayers() if isinstance(layer, nn.Linear)
-        }
+        transposed = {f"{prefix}.weight" for prefix, layer in self.named_sublayers() if isinstance(layer, nn.Linear)}
         return {
             name: (tensor, name in transposed)
             for name, tensor in self.state_dict().items()

@@ -127,7 +127,7 @@ def generate_images(
         input_ids = paddle.to_tensor(np.tile(drawn[:, position], 2 if guided else 1)).unsqueeze(1)
         attention_mask = paddle.concat([attention_mask, paddle.ones_like(input_ids)], axis=1)
         if on_tokens:
-            on_tokens(sum(position < h * (w + 1) for h, w in sizes))
+            on_tokens(sum(position < h * (w + 1) - 1 for h, w in sizes))
     if on_tokens:
         on_tokens(4 * len(sizes))  # each picture's last row end and the three tokens that close it
     codes = [grammar.decode(row[: h * (w + 1) - 1].tolist()) for row, (h, w) in zip(drawn, sizes, strict=True)]

@@ -233,7 +233,9 @@ class Emu3Model(CheckpointMixin, nn.Layer):
         past = 0 if past_key_values is None else past_key_values.length
         length = past + new
         if past_key_values is not None and length > past_key_values.max_length:
-            raise InputError(f"{length} tokens do not fit a cache of {past_key_values.max_length}: make a larger KVCache")
+            raise InputError(
+                f"{length} tokens do not fit a cache of {past_key_values.max_length}: make a larger KVCache"
+            )
         allowed = _allowed_keys(attention_mask, batch, length)
         if position_ids is None:
             position_ids = _positions(allowed, past, length, batch)

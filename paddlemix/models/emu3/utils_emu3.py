@@ -20,10 +20,11 @@ class Emu3PrefixConstrainedLogitsHelper:
         img_token ... pad_token: ids. visual_tokens: list of ids.
     """
 
-    def __init__(
-        self, height, width, img_token, eoi_token, eos_token, eol_token, eof_token, pad_token, visual_tokens
-    ):
-        self.height, self.width = paddle.to_tensor(height).flatten().tolist(), paddle.to_tensor(width).flatten().tolist()
+    def __init__(self, height, width, img_token, eoi_token, eos_token, eol_token, eof_token, pad_token, visual_tokens):
+        self.height, self.width = (
+            paddle.to_tensor(height).flatten().tolist(),
+            paddle.to_tensor(width).flatten().tolist(),
+        )
         self.visual_tokens = visual_tokens
         self.grammar = ImageGrammar(
             img=img_token, boi=None, eoi=eoi_token, eol=eol_token, eof=eof_token, eos=eos_token, pad=pad_token,
@@ -40,9 +41,9 @@ class Emu3PrefixConstrainedLogitsHelper:
 
 
 class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
-    """Classifier-free guidance (Sanchez et al., arXiv 2306.17806): scale * (cond - uncond) + uncond, on log-probabilities.
+    """Classifier-free guidance (Sanchez et al., arXiv 2306.17806) on log-probabilities.
 
-    The unconditional branch is `unconditional_ids` followed by what has been drawn since the last image token.
+    They become scale * (conditional - unconditional) + unconditional. The unconditional branch is `unconditional_ids` followed by what has been drawn since the last image token.
 
     Args:
         guidance_scale: 1 is no guidance.
@@ -52,9 +53,7 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
         use_cache: False recomputes the whole branch each step.
     """
 
-    def __init__(
-        self, guidance_scale, model, unconditional_ids, unconditional_attention_mask=None, use_cache=True
-    ):
+    def __init__(self, guidance_scale, model, unconditional_ids, unconditional_attention_mask=None, use_cache=True):
         self.guidance_scale, self.model, self.use_cache = guidance_scale, model, use_cache
         self.unconditional_ids = unconditional_ids
         if unconditional_attention_mask is None:

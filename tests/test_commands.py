@@ -1,0 +1,407 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The three commands as a user runs them, on small checkpoints in the released layout and the real vocabulary.
+
+Whole processes where the start matters; elsewhere the script is run in this process, to save Paddle's start.
+"""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import relative_error
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "paddlemix" / "examples" / "emu3"
+sys.path.insert(0, str(ROOT / "tools"))
+
+import make_demo_checkpoints  # noqa: E402
+
+SEE = 'autoencode.py --model_path="BAAI/Emu3-VisionTokenizer" --image_path="paddlemix/demo_images/emu3_demo.png"'
+DRAW = (
+    'run_generation_inference.py --model_path="BAAI/Emu3-Gen" --vq_model_path="BAAI/Emu3-VisionTokenizer" '
+    '--prompt="a portrait of young girl." --ratio="1:1" --height=720 --width=720 --dtype="bfloat16"'
+)
+ASK = (
+    'run_understanding_inference.py --model_path="BAAI/Emu3-Chat" --vq_model_path="BAAI/Emu3-VisionTokenizer" '
+    '--image_path="paddlemix/demo_images/emu3_demo.png" --question="Please describe the image breifly" '
+    '--max_new_tokens=512 --dtype="bfloat16"'
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, vocabulary_dir):
+    """BAAI/Emu3-VisionTokenizer, BAAI/Emu3-Gen and BAAI/Emu3-Chat, small."""
+    import paddle
+
+    directory = tmp_path_factory.mktemp("checkpoints")
+    paddle.seed(0)
+    make_demo_checkpoints.write_vision_tokenizer(directory / "Emu3-VisionTokenizer", max_pixels=96 * 96)
+    make_demo_checkpoints.write_language_model(directory / "Emu3-Gen")
+    shutil.copytree(directory / "Emu3-Gen", directory / "Emu3-Chat")
+    return directory
+
+
+@pytest.fixture
+def folder(checkpoints, tmp_path, monkeypatch):
+    """An empty folder to run in, with the checkpoints where the hub names say."""
+    (tmp_path / "BAAI").symlink_to(checkpoints)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def shell(line, folder, **env):
+    """Run a command line of the README in a process of its own."""
+    line = f"{sys.executable} {EXAMPLES}/{line}"
+    return subprocess.run(
+        line, shell=True, cwd=folder, capture_output=True, text=True, env={**os.environ, **env}, check=False
+    )
+
+
+@pytest.fixture
+def command(folder, monkeypatch, capsys):
+    """command("autoencode.py", "--model_path", ...) -> (exit code, stdout, stderr)"""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        path, code = list(sys.path), 0
+        try:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            sys.path[:] = path
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def draw(command, *arguments, size=32):
+    models = ["--model_path", "BAAI/Emu3-Gen", "--vq_model_path", "BAAI/Emu3-VisionTokenizer", "--dtype", "float32"]
+    return command("run_generation_inference.py", *models, f"--height={size}", f"--width={size}", *arguments)
+
+
+def ask(command, *arguments):
+    models = ["--model_path", "BAAI/Emu3-Chat", "--vq_model_path", "BAAI/Emu3-VisionTokenizer", "--dtype", "float32"]
+    return command("run_understanding_inference.py", *models, *arguments)
+
+
+def see(command, *arguments):
+    return command("autoencode.py", "--model_path", "BAAI/Emu3-VisionTokenizer", *arguments)
+
+
+def last_line(out):
+    return out.strip().splitlines()[-1]
+
+
+# --- the three lines, in processes of their own, in a folder that is not the repository
+
+
+def test_see(folder):
+    done = shell(f"{SEE} --stats_json stats.json", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert last_line(done.stdout) == "wrote recon_image.png, recon_image_compare.png"
+    assert re.search(r"PSNR -?\d+\.\d\d dB", done.stdout)
+    picture, both = (Image.open(folder / f"recon_image{end}.png") for end in ("", "_compare"))
+    assert picture.size[0] % 8 == 0 and both.size[0] > 2 * picture.size[0]
+    stats = json.loads((folder / "stats.json").read_text())
+    assert stats.keys() == {"encode_s", "decode_s", "seconds", "load_s", "peak_memory_mb"}
+    assert stats["seconds"] == pytest.approx(stats["encode_s"] + stats["decode_s"], abs=1e-3)
+    assert 100 < stats["peak_memory_mb"] < 4000
+
+
+def test_draw(folder):
+    line = DRAW.replace("720", "64") + " --seed=5 --stats_json stats.json"
+    done = shell(line, folder)
+    note, *rest = done.stderr.splitlines()
+    assert done.returncode == 0 and "bfloat16 Linear" in note and not rest
+    assert last_line(done.stdout) == "wrote result_0.png"
+    picture = Image.open(folder / "result_0.png")
+    assert picture.size == (64, 64)
+    assert picture.text["prompt"] == "a portrait of young girl." and picture.text["seed"] == "5"
+    assert picture.text["guidance_scale"] == "3.0" and picture.text["top_k"] == "2048"
+    stats = json.loads((folder / "stats.json").read_text())
+    assert stats["tokens"] == 8 * 9 + 3 and stats["forward_passes"] == 8 * 9 - 1
+    assert stats["tokens_per_s"] == pytest.approx(stats["tokens"] / stats["seconds"], rel=1e-2)
+    assert {"load_s", "decode_s", "peak_memory_mb"} <= stats.keys()
+
+
+def test_ask(folder):
+    done = shell(ASK.replace("512", "6") + " --stats_json stats.json", folder)
+    assert done.returncode == 0 and "bfloat16 Linear" in done.stderr.splitlines()[0]
+    assert re.fullmatch(r"6 tokens in \d+\.\d s, \d+\.\d a second", done.stderr.splitlines()[1])
+    assert len(done.stderr.splitlines()) == 2 and done.stdout.strip()
+    stats = json.loads((folder / "stats.json").read_text())
+    assert stats["tokens"] == stats["forward_passes"] == 6
+    assert {"seconds", "tokens_per_s", "load_s", "encode_s", "peak_memory_mb"} <= stats.keys()
+
+
+@pytest.mark.parametrize("script", ["autoencode.py", "run_generation_inference.py", "run_understanding_inference.py"])
+def test_help_is_quick(script, tmp_path):
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = shell(f"{script} --help", tmp_path)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0 and "--model_path" in done.stdout and "default: None" not in done.stdout
+    imported = subprocess.run(
+        [sys.executable, "-X", "importtime", EXAMPLES / script, "--help"], capture_output=True, text=True, check=True
+    ).stderr
+    assert not re.search(r"\| +(paddle|numpy|PIL|paddlenlp|tqdm)$", imported, re.MULTILINE)
+
+
+def test_ctrl_c_leaves_nothing_half_written(folder):
+    process = subprocess.Popen(
+        f"exec {sys.executable} {EXAMPLES}/{DRAW} --seed=1", shell=True, cwd=folder, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    line = process.stdout.readline()
+    assert line == "drawing 720 x 720 pixels with seed 1\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
+    assert [p.name for p in folder.iterdir()] == ["BAAI"]
+
+
+# --- more of what each can do
+
+
+def test_a_video(command, folder):
+    (folder / "frames").mkdir()
+    for i in range(8):  # frame 10 comes after frame 9
+        Image.new("RGB", (64, 64), (i * 30, 0, 0)).save(folder / "frames" / f"f{i + 3}.png")
+    (folder / "frames" / "notes.txt").write_text("")
+    code, out, _ = see(command, "--video_path", "frames", "--output_dir", "out")
+    assert code == 0 and len(list((folder / "out").iterdir())) == 16
+    first = np.asarray(Image.open(folder / "out" / "recon_video_0_compare.png"))[40:, :64]
+    last = np.asarray(Image.open(folder / "out" / "recon_video_7_compare.png"))[40:, :64]
+    assert first.mean() < 1 and last[..., 0].mean() == pytest.approx(210, abs=1)
+    (folder / "frames" / "f9.png").unlink()
+    code, _, err = see(command, "--video_path", "frames")
+    assert code == 2 and "7 frames" in err and "add 1" in err
+
+
+def test_several_pictures_of_several_ratios(command, folder):
+    code, out, _ = draw(command, "--prompt", "a", "b", "--ratio", "1:1", "2:1", "--num_images=2", "--seed=3")
+    assert code == 0 and last_line(out) == "wrote " + ", ".join(f"result_{i}.png" for i in range(4))
+    pictures = [Image.open(folder / f"result_{i}.png") for i in range(4)]
+    assert [p.size for p in pictures] == [(32, 32), (32, 32), (48, 24), (48, 24)]
+    assert [p.text["prompt"] for p in pictures] == ["a", "a", "b", "b"]
+    assert (np.asarray(pictures[0]) != np.asarray(pictures[1])).any()
+
+
+def test_a_seed_repeats_a_picture_and_no_result_is_overwritten(command, folder):
+    for arguments in (["--seed=7"], ["--seed=7"], ["--seed=8"], []):
+        assert draw(command, *arguments)[0] == 0
+    first, again, other, fresh = (np.asarray(Image.open(folder / f"result_{i}.png")) for i in range(4))
+    assert (first == again).all() and (first != other).any() and (first != fresh).any()
+
+
+def test_sampling_settings_count(command, folder):
+    settings = (
+        [],
+        ["--guidance_scale=1"],
+        ["--negative_prompt=x"],
+        ["--top_k=1"],
+        ["--top_p=0.5"],
+        ["--temperature=9"],
+    )
+    pictures = []
+    for i, arguments in enumerate(settings):
+        assert draw(command, "--seed=7", *arguments)[0] == 0
+        pictures.append(np.asarray(Image.open(folder / f"result_{i}.png")).tobytes())
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_height_and_width_alone_give_the_ratio(command, folder):
+    assert draw(command, "--height=24", "--width=48")[0] == 0
+    assert Image.open(folder / "result_0.png").size == (48, 24)
+
+
+def test_more_tokens_than_positions_is_a_note_that_names_what_fits(command, folder, checkpoints):
+    shutil.copytree(checkpoints / "Emu3-Gen", folder / "short")
+    config = json.loads((folder / "short" / "config.json").read_text())
+    (folder / "short" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 60}))
+    code, _, err = draw(command, "--model_path=short", "--prompt=x", size=64)
+    notes = [line for line in err.splitlines() if "64 x 64 pixels take 91 tokens" in line]
+    assert code == 0 and len(notes) == 1
+    height, width = map(int, re.search(r"--height=(\d+) --width=(\d+)", notes[0]).groups())
+    assert draw(command, "--model_path=short", "--prompt=x", f"--height={height}", f"--width={width}")[2] == ""
+
+
+def test_questions_in_a_batch_are_those_alone(command, folder):
+    Image.effect_noise((64, 64), 60).save(folder / "a.png")
+    Image.effect_noise((72, 64), 90).save(folder / "b.png")
+    code, out, _ = ask(command, "--image_path", "a.png", "b.png", "--question", "what?", "why?", "--max_new_tokens=5")
+    assert code == 0
+    alone = []
+    for picture, question in (("a.png", "what?"), ("b.png", "why?")):
+        alone.append(ask(command, "--image_path", picture, "--question", question, "--max_new_tokens=5")[1])
+    assert out == f"a.png: what?\n{alone[0]}b.png: why?\n{alone[1]}"
+
+
+def test_chat_template(command, folder):
+    plain = ask(command, "--max_new_tokens=4")[1]
+    code, stage1, _ = ask(command, "--max_new_tokens=4", "--chat_template={image_prompt}{text_prompt}")
+    assert code == 0 and stage1 != plain
+
+
+def test_answers_stream_whole_characters(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    show = runpy.run_path(str(EXAMPLES / "run_understanding_inference.py"))["show"]
+
+    class Tokenizer:
+        def decode(self, ids, skip_special_tokens):
+            return bytes(ids).decode("utf-8", "replace")
+
+    printed = []
+    rows = ["é x".encode(), b"ok"]
+
+    def steps():
+        for i in range(5):
+            printed.append(capsys.readouterr().out)
+            yield [row[i] if i < len(row) else None for row in rows]
+
+    answers, passes = show(Tokenizer(), steps(), ["A\n", "B\n"])
+    printed.append(capsys.readouterr().out)
+    assert printed == ["A\n", "", "é", " ", "x", "\nB\nok\n"]
+    assert [bytes(a) for a in answers] == rows and passes == 5
+
+
+# --- bad input: one line, exit code 2, nothing written
+
+
+def refused(result, folder, *words):
+    code, _, err = result
+    lines = [line for line in err.splitlines() if not line.startswith("note:")]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, err)
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert not list(folder.glob("*result*")) and not list(folder.glob("*recon*"))
+
+
+def picture_file(folder, kind):
+    path = folder / "picture.png"
+    Image.effect_noise((64, 64), 50).save(path)
+    if kind == "text":
+        path.write_text("not a picture")
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif kind == "narrow":
+        Image.new("RGB", (100, 501)).save(path)
+    elif kind == "small":
+        Image.new("RGB", (64, 7)).save(path)
+    elif kind == "missing":
+        path.unlink()
+    return path
+
+
+@pytest.mark.parametrize("caller", [see, ask])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", "no such file"), ("text", "not a picture"), ("truncated", "cut short"),
+        ("narrow", "5 times"), ("small", "at least 8 pixels"), ("bomb", "too large"),
+    ],
+)  # fmt: skip
+def test_bad_pictures(command, folder, monkeypatch, caller, kind, words):
+    if kind == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    refused(caller(command, "--image_path", picture_file(folder, kind)), folder, words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ratio=0:1"], "'0:1'"),
+        (["--ratio=abc"], "'abc'"),
+        (["--height=4", "--width=4"], "at least 8 pixels"),
+        (["--height=0"], "positive"),
+        (["--ratio", "1:1", "1:2", "1:3"], "one --ratio for all prompts or one each"),
+        (["--num_images=0"], "--num_images"),
+        (["--temperature=0"], "temperature"),
+        (["--top_p=2"], "top_p"),
+        (["--top_k=-1"], "top_k"),
+        (["--seed=-1"], "seed"),
+        (["--model_path=nowhere/at/all"], "directory that exists"),
+        (["--model_path=BAAI/Emu3-VisionTokenizer"], "emu3.tiktoken"),
+        (["--vq_model_path=BAAI/Emu3-Gen"], "preprocessor_config.json"),
+        (["--device=tpu"], "--device tpu"),
+        (["--device=gpu:7"], "--device gpu:7"),
+        (["--stats_json=nowhere/stats.json"], "cannot write into nowhere"),
+    ],
+)
+def test_bad_arguments(command, folder, arguments, words):
+    refused(draw(command, *arguments), folder, words)
+
+
+def test_argparse_errors_exit_with_2_too(command, folder):
+    code, _, err = draw(command, "--height=tall")
+    assert code == 2 and "invalid int value: 'tall'" in err and "Traceback" not in err
+
+
+def test_questions_and_pictures_must_pair(command, folder):
+    refused(ask(command, "--image_path", "a", "b", "--question", "1", "2", "3"), folder, "2 and 3")
+    refused(ask(command, "--chat_template", "no slots"), folder, "chat template must hold")
+
+
+def test_output_folders_that_cannot_be(command, folder):
+    (folder / "file").write_text("")
+    refused(see(command, "--output_dir", "file/sub"), folder, "--output_dir")
+    refused(see(command, "--video_path", "file"), folder, "--video_path", "folder of frames")
+    (folder / "empty").mkdir()
+    refused(see(command, "--video_path", "empty"), folder, "holds no picture")
+
+
+def test_no_network_and_nothing_cached(folder):
+    (folder / "BAAI").unlink()
+    done = shell(SEE, folder, HF_HUB_OFFLINE="1", HF_HOME=str(folder / "cache"))
+    refused((done.returncode, done.stdout, done.stderr), folder, "BAAI/Emu3-VisionTokenizer", "not in the local cache")
+
+
+def test_a_damaged_checkpoint(command, folder, checkpoints):
+    shutil.copytree(checkpoints / "Emu3-VisionTokenizer", folder / "damaged")
+    path = folder / "damaged" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused(command("autoencode.py", "--model_path=damaged"), folder, "truncated")
+
+
+def test_not_enough_memory(command, folder, monkeypatch):
+    monkeypatch.setattr("paddlemix.models.emu3.checkpoint.available_memory", lambda: 10**6)
+    refused(see(command), folder, "GB of memory", "free")
+
+
+def test_a_full_disk(command, folder, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    refused(see(command), folder, "No space left on device")
+
+
+def test_results_equal_the_library(command, folder, checkpoints):
+    """What the command saves is what the model decodes."""
+    import paddle
+
+    from paddlemix.models.emu3 import Emu3VisionVQModel
+    from paddlemix.processors import Emu3VisionVQImageProcessor
+
+    assert see(command)[0] == 0
+    model = Emu3VisionVQModel.from_pretrained(checkpoints / "Emu3-VisionTokenizer")
+    processor = Emu3VisionVQImageProcessor.from_pretrained(checkpoints / "Emu3-VisionTokenizer")
+    picture = Image.open(ROOT / "paddlemix/demo_images/emu3_demo.png")
+    with paddle.no_grad():
+        pixels = model.decode(model.encode(processor(picture, return_tensors="pd").pixel_values))
+    [expected] = processor.postprocess(pixels)["pixel_values"]
+    assert relative_error(np.asarray(Image.open(folder / "recon_image.png")), np.asarray(expected)) == 0

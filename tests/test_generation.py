@@ -1,0 +1,205 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Pictures and answers: the original's tokens, sampling, and pieces for PaddleNLP's own loop."""
+
+import numpy as np
+import paddle
+import pytest
+from conftest import golden
+from paddlenlp.generation import MaxLengthCriteria, StoppingCriteriaList
+from paddlenlp.generation.logits_process import LogitsProcessorList, PrefixConstrainedLogitsProcessor
+
+from paddlemix.models.emu3 import ImageGrammar, generate_images, generate_text
+from paddlemix.models.emu3.generation_emu3 import Sampling, pad_left
+from paddlemix.models.emu3.utils_emu3 import (
+    Emu3PrefixConstrainedLogitsHelper,
+    EosTokenCriteria,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)  # fmt: skip
+
+DATA = golden("language_model.npz")
+GREEDY = Sampling(top_k=1)
+GRAMMAR = ImageGrammar(
+    img=203, boi=204, eoi=205, eol=206, eof=207, eos=202, pad=200, first_visual=256, codebook_size=256
+)
+SIZES = list(zip(DATA["cfg_height"].tolist(), DATA["cfg_width"].tolist(), strict=True))
+
+
+def unpadded(ids, mask):
+    return [row[keep == 1].tolist() for row, keep in zip(ids, mask, strict=True)]
+
+
+PROMPTS = unpadded(DATA["cfg_prompt"], DATA["cfg_mask"])
+NEGATIVE = DATA["cfg_negative"].tolist()
+
+
+def golden_codes():
+    """By the grammar's definition: what follows IMG, w codes and EOL a row."""
+    prompt = DATA["cfg_prompt"].shape[1]
+    for ids, (h, w) in zip(DATA["cfg_output"], SIZES, strict=True):
+        yield ids[prompt : prompt + h * (w + 1)].reshape(h, w + 1)[:, :-1] - 256
+
+
+def test_golden_guided_pictures(language_model):
+    """Two pictures of different sizes in one batch, prompts of different lengths."""
+    told = []
+    pictures = generate_images(language_model, PROMPTS, SIZES, GRAMMAR, NEGATIVE, 3.0, GREEDY, on_tokens=told.append)
+    for codes, expected in zip(pictures.codes, golden_codes(), strict=True):
+        np.testing.assert_array_equal(codes, expected)
+    assert sum(told) == sum(GRAMMAR.num_tokens(h, w) for h, w in SIZES)
+    assert pictures.forward_passes == max(h * (w + 1) - 1 for h, w in SIZES)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (4, 2)])
+def test_narrow_pictures(language_model, size):
+    [codes] = generate_images(language_model, PROMPTS[:1], [size], GRAMMAR, NEGATIVE[:1], sampling=GREEDY).codes
+    assert codes.shape == size
+
+
+def test_a_picture_does_not_depend_on_its_neighbours_when_greedy(language_model):
+    both = generate_images(language_model, PROMPTS, SIZES, GRAMMAR, NEGATIVE, sampling=GREEDY).codes
+    alone = generate_images(language_model, PROMPTS[1:], SIZES[1:], GRAMMAR, NEGATIVE[1:], sampling=GREEDY).codes
+    np.testing.assert_array_equal(alone[0], both[1])
+
+
+def test_no_guidance_is_the_prompt_alone(language_model):
+    [codes] = generate_images(language_model, PROMPTS[:1], SIZES[:1], GRAMMAR, None, 1, GREEDY).codes
+    ids = list(PROMPTS[0])
+    for position in range(SIZES[0][0] * (SIZES[0][1] + 1) - 1):
+        forced = GRAMMAR.forced(*SIZES[0], position)
+        with paddle.no_grad():
+            logits = language_model(paddle.to_tensor([ids])).logits[0, -1].numpy()
+        ids.append(256 + int(logits[256:].argmax()) if forced is None else forced)
+    np.testing.assert_array_equal(codes, GRAMMAR.decode(ids))
+
+
+def test_a_seed_gives_the_same_picture_and_another_seed_another(language_model):
+    def draw(seed, rows=1):
+        sampling = Sampling(seed=seed)
+        prompts, sizes = PROMPTS[:1] * rows, SIZES[:1] * rows
+        return generate_images(language_model, prompts, sizes, GRAMMAR, NEGATIVE[:1] * rows, sampling=sampling).codes
+
+    np.testing.assert_array_equal(draw(1), draw(1))
+    assert (draw(1)[0] != draw(2)[0]).any()
+    first, second = draw(1, rows=2)
+    np.testing.assert_array_equal(first, draw(1)[0])
+    assert (first != second).any()
+
+
+def frequencies(sampling, logits, draws=4000):
+    logits = paddle.to_tensor(logits, dtype="float32").unsqueeze(0)
+    picked = [int(sampling.pick(logits, [0], position)) for position in range(draws)]
+    return np.bincount(picked, minlength=logits.shape[1]) / draws
+
+
+def test_sampling_follows_the_softmax():
+    logits = np.log([0.5, 0.3, 0.15, 0.05])
+    np.testing.assert_allclose(frequencies(Sampling(), logits), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    hot = np.exp(logits / 2) / np.exp(logits / 2).sum()
+    np.testing.assert_allclose(frequencies(Sampling(temperature=2.0), logits), hot, atol=0.03)
+    np.testing.assert_allclose(frequencies(Sampling(top_k=2), logits), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(frequencies(Sampling(top_p=0.9), logits), np.array([50, 30, 15, 0]) / 95, atol=0.03)
+    np.testing.assert_allclose(frequencies(Sampling(top_p=0.2), logits, 50), [1, 0, 0, 0])
+    np.testing.assert_allclose(frequencies(Sampling(top_k=1), logits, 50), [1, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": 0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"seed": -1}],
+)
+def test_sampling_settings_refused(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Sampling(**values)
+
+
+def test_mistakes(language_model):
+    with pytest.raises(ValueError, match="for each picture"):
+        generate_images(language_model, PROMPTS, SIZES[:1], GRAMMAR, NEGATIVE)
+    with pytest.raises(ValueError, match="for each picture"):
+        generate_images(language_model, PROMPTS, SIZES, GRAMMAR)
+    with pytest.raises(ValueError, match="end with the image token"):
+        generate_images(language_model, [[1, 2]], SIZES[:1], GRAMMAR, NEGATIVE[:1])
+    with pytest.raises(ValueError, match="at least one row"):
+        generate_images(language_model, PROMPTS[:1], [(0, 3)], GRAMMAR, NEGATIVE[:1])
+    with pytest.raises(ValueError, match="at least one prompt"):
+        list(generate_text(language_model, [[]]))
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        list(generate_text(language_model, [[1]], 0))
+
+
+def test_golden_answers(language_model):
+    steps = list(generate_text(language_model, unpadded(DATA["padded_ids"], DATA["padded_mask"]), 24))
+    np.testing.assert_array_equal(np.array(steps).T, DATA["greedy"][:, 20:])
+
+
+def test_an_answer_ends_with_eos_and_the_others_go_on(language_model, monkeypatch):
+    greedy = DATA["greedy"][:, 20:]
+    eos = int(greedy[0, 3])
+    monkeypatch.setattr(language_model.config, "eos_token_id", eos)
+    steps = list(generate_text(language_model, unpadded(DATA["padded_ids"], DATA["padded_mask"]), 24))
+    first, second = zip(*steps, strict=True)
+    assert list(first[:3]) == greedy[0, :3].tolist() and set(first[3:]) == {None}
+    length = list(second).index(None) if None in second else 24
+    assert list(second[:length]) == greedy[1, :length].tolist()
+
+
+# --- pieces for those who drive PaddleNLP's generate
+
+
+def generate(model, processors, prompt=None, mask=None):
+    prompt = paddle.to_tensor(DATA["cfg_prompt"]) if prompt is None else prompt
+    mask = paddle.to_tensor(DATA["cfg_mask"]) if mask is None else mask
+    criteria = [EosTokenCriteria(202, pad_token_id=200), MaxLengthCriteria(prompt.shape[1] + 60)]
+    with paddle.no_grad():
+        ids, _ = model.generate(
+            prompt, attention_mask=mask, max_new_tokens=60, logits_processors=LogitsProcessorList(processors),
+            stopping_criteria=StoppingCriteriaList(criteria), trunc_input=False,
+        )  # fmt: skip
+    return ids.numpy()
+
+
+def helper(height, width):
+    return Emu3PrefixConstrainedLogitsHelper(height, width, 203, 205, 202, 206, 207, 200, list(range(256, 512)))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_golden_guidance_through_generate_again_and_again(language_model, use_cache):
+    """The same objects serve several calls, whatever was drawn in between."""
+    processors = [
+        UnbatchedClassifierFreeGuidanceLogitsProcessor(
+            3.0, language_model, paddle.to_tensor(DATA["cfg_negative"]), use_cache=use_cache
+        ),
+        PrefixConstrainedLogitsProcessor(helper(DATA["cfg_height"], DATA["cfg_width"]), num_beams=1),
+    ]
+    np.testing.assert_array_equal(generate(language_model, processors), DATA["cfg_output"])
+    prompt, mask = pad_left([[201, 5, 6, 204, 203], [201, 7, 204, 203]], 200)
+    other = generate(language_model, processors, prompt, mask)
+    assert (other[:, 5:] != DATA["cfg_output"][:, 14 : 9 + other.shape[1]]).any()
+    np.testing.assert_array_equal(generate(language_model, processors), DATA["cfg_output"])
+
+
+def test_guidance_of_one_is_none(language_model):
+    guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor(1, language_model, paddle.to_tensor(NEGATIVE))
+    logits = np.random.RandomState(0).standard_normal([1, 512])
+    expected = logits - np.log(np.exp(logits).sum())
+    np.testing.assert_allclose(
+        guidance(paddle.to_tensor([[203]]), paddle.to_tensor(logits)).numpy(), expected, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 2), (3, 4)])
+def test_the_helper_spells_a_picture(size):
+    ids, allowed = [9, 203], helper(np.array([size[0]]), np.array([size[1]]))
+    for position in range(GRAMMAR.num_tokens(*size) + 1):
+        may_come = allowed(1, paddle.to_tensor(ids))
+        forced = GRAMMAR.forced(*size, position)
+        assert may_come == (list(range(256, 512)) if forced is None else [forced])
+        ids.append(may_come[-1])
+    with pytest.raises(ValueError, match="no image token"):
+        allowed(0, paddle.to_tensor([1, 2]))
+
+
+def test_eos_criteria():
+    stop = EosTokenCriteria([202, 199], pad_token_id=200)
+    assert stop(paddle.to_tensor([[1, 202], [202, 200]]), None) is True
+    assert stop(paddle.to_tensor([[1, 202], [1, 5]]), None) is False
+    assert EosTokenCriteria(202)(paddle.to_tensor([[202]]), None) is True
