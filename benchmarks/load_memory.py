@@ -80,7 +80,7 @@ def main():
         result = subprocess.run([*command, f"--dtype={args.dtype}"], stdout=subprocess.PIPE, text=True, check=True)
     r = json.loads(result.stdout)
     size = r["parameters"] * (4 if args.dtype == "float32" else 2)
-    print(f"{r['parameters'] / 1e9:.2f} billion parameters, float32 on disk, {args.dtype} in memory: {size / 1e9:.2f} GB")
+    print(f"{r['parameters'] / 1e9:.2f} billion parameters, float32 on disk, {size / 1e9:.2f} GB in {args.dtype}")
     print(f"loaded in {r['seconds']:.1f} s, {4 * r['parameters'] / 1e9 / r['seconds']:.2f} GB a second from disk")
     print(f"peak of the process {r['peak_bytes'] / 1e9:.2f} GB = {r['peak_bytes'] / size:.3f} times the model")
     print(f"({r['base_bytes'] / 1e9:.2f} GB of it are Python, Paddle and PaddleNLP before the checkpoint is touched)")

@@ -10,7 +10,9 @@ from paddlemix.models.emu3 import Emu3Config, Emu3VisionVQConfig
 # as BAAI/Emu3-Gen ships it, with the keys that other libraries put there
 RELEASED = {
     "architectures": ["Emu3ForCausalLM"], "attention_dropout": 0.1,
-    "auto_map": {"AutoConfig": "configuration_emu3.Emu3Config", "AutoModelForCausalLM": "modeling_emu3.Emu3ForCausalLM"},
+    "auto_map": {
+        "AutoConfig": "configuration_emu3.Emu3Config", "AutoModelForCausalLM": "modeling_emu3.Emu3ForCausalLM",
+    },
     "boi_token_id": 151852, "bos_token_id": 151849, "eof_token_id": 151847, "eoi_token_id": 151853,
     "eol_token_id": 151846, "eos_token_id": 151850, "hidden_act": "silu", "hidden_size": 4096, "image_area": 518400,
     "img_token_id": 151851, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 9216,

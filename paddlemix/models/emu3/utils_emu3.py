@@ -43,7 +43,8 @@ class Emu3PrefixConstrainedLogitsHelper:
 class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
     """Classifier-free guidance (Sanchez et al., arXiv 2306.17806) on log-probabilities.
 
-    They become scale * (conditional - unconditional) + unconditional. The unconditional branch is `unconditional_ids` followed by what has been drawn since the last image token.
+    They become scale * (conditional - unconditional) + unconditional. The unconditional branch is
+    `unconditional_ids` followed by what has been drawn since the last image token.
 
     Args:
         guidance_scale: 1 is no guidance.
