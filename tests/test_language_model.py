@@ -87,19 +87,32 @@ def test_attention_in_chunks(monkeypatch, masked):
 
 
 def test_flash_attention_is_given_what_it_can_do(monkeypatch):
-    """Which calls take it; the kernel itself needs a card."""
-    calls = []
+    """Which calls take it. Its kernel needs a card; Paddle's stand-in on a CPU says that it means the same."""
+    rng, calls = np.random.RandomState(0), []
+    query, key, value = (paddle.to_tensor(rng.standard_normal([2, 5, 4, 8]).astype("float32")) for _ in range(3))
+    real = modeling.flash_attention
+    cases = [(query, None), (query[:, :1], None), (query[:, :3], None), (query, paddle.ones([2, 5], dtype="bool"))]
+    plain = [modeling.attend(q, key, value, allowed) for q, allowed in cases]
     monkeypatch.setattr(modeling, "_has_flash_attention", lambda query: True)
-    monkeypatch.setattr(
-        modeling.F, "scaled_dot_product_attention", lambda q, k, v, **how: calls.append(how["is_causal"]) or q
-    )
-    query, key = paddle.ones([1, 5, 4, 8]), paddle.ones([1, 5, 2, 8])
-    modeling.attend(query, key, key)
-    modeling.attend(query[:, :1], key, key)
-    assert calls == [True, False]
-    modeling.attend(query[:, :3], key, key)  # new tokens after old ones
-    modeling.attend(query, key, key, paddle.ones([1, 5], dtype="bool"))  # padding
-    assert len(calls) == 2
+    monkeypatch.setattr(modeling, "flash_attention", lambda *a, **how: calls.append(how["causal"]) or real(*a, **how))
+    for (q, allowed), expected in zip(cases, plain, strict=True):
+        assert relative_error(modeling.attend(q, key, value, allowed).numpy(), expected.numpy()) < 1e-5
+    assert calls == [True, False]  # prefill and one token; not new tokens after old ones, not with padding
+
+
+def test_when_there_is_flash_attention(monkeypatch):
+    class Query:
+        def __init__(self, gpu=True, dtype=paddle.bfloat16, head_dim=128):
+            self.place, self.dtype, self.shape = self, dtype, [1, 1, 1, head_dim]
+            self.is_gpu_place = lambda: gpu
+
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (8, 0))
+    assert modeling._has_flash_attention(Query())
+    assert not modeling._has_flash_attention(Query(gpu=False))
+    assert not modeling._has_flash_attention(Query(dtype=paddle.float32))
+    assert not modeling._has_flash_attention(Query(head_dim=512))
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (7, 5))
+    assert not modeling._has_flash_attention(Query())
 
 
 @pytest.mark.parametrize("mask", [MASK, None])

@@ -10,6 +10,7 @@ import math
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
+from paddle.nn.functional.flash_attention import flash_attention
 from paddlenlp.generation import GenerationConfig, GenerationMixin
 from paddlenlp.transformers.model_outputs import CausalLMOutputWithPast
 
@@ -94,9 +95,7 @@ def attend(query, key, value, allowed=None, dropout=0.0):
     batch, new, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
     if allowed is None and new in (1, length) and _has_flash_attention(query):
-        out = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=new > 1, training=dropout > 0
-        )
+        out, _ = flash_attention(query, key, value, dropout=dropout, causal=new > 1, training=dropout > 0)
         return out.reshape([batch, new, heads * head_dim])
 
     # queries that share a key head stand side by side, so that a key is read once for all of them
@@ -136,7 +135,10 @@ def _visible(new, length, allowed):
 
 
 def _has_flash_attention(query):
-    return query.place.is_gpu_place() and query.dtype in (paddle.float16, paddle.bfloat16) and query.shape[-1] <= 256
+    """Flash attention 2 takes 16 bits, heads of at most 256, and a card of compute capability 8.0 or more."""
+    if not query.place.is_gpu_place() or query.dtype not in (paddle.float16, paddle.bfloat16):
+        return False
+    return query.shape[-1] <= 256 and paddle.device.cuda.get_device_capability()[0] >= 8
 
 
 class Emu3RMSNorm(nn.Layer):
