@@ -87,7 +87,7 @@ def test_a_seed_gives_the_same_picture_and_another_seed_another(language_model):
 
 def frequencies(sampling, logits, draws=4000):
     logits = paddle.to_tensor(logits, dtype="float32").unsqueeze(0)
-    picked = [int(sampling.pick(logits, [0], position)) for position in range(draws)]
+    picked = [sampling.pick(logits, [0], position).item() for position in range(draws)]
     return np.bincount(picked, minlength=logits.shape[1]) / draws
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -68,6 +69,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", help="where the checkpoints go, a folder each")
     directory = Path(parser.parse_args().directory)
+    warnings.simplefilter("ignore")  # Paddle's notices when it is imported
     import paddle
 
     paddle.seed(0)
