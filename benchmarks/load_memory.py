@@ -31,8 +31,8 @@ def write(directory):
 
     config = Emu3Config(**CONFIG)
     with paddle.LazyGuard():
-        state = Emu3ForCausalLM(config)._checkpoint_state()
-    shapes = {n: list(t.shape)[::-1] if transposed else list(t.shape) for n, (t, transposed) in state.items()}
+        state = Emu3ForCausalLM(config).state_dict()
+    shapes = {name: list(t.shape) for name, t in state.items()}
     shards, size = [[]], 0
     for name, shape in shapes.items():
         if size + 4 * math.prod(shape) > SHARD_BYTES:

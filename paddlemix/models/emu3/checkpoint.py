@@ -1,9 +1,10 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Checkpoints: a directory or a hub name in, weights in a model out, and back.
 
-The files are the released ones: safetensors in torch layout (a Linear is [out, in]), one file or shards with
-an index. They are read through a memory map, a few rows at a time, and the rows read are handed back to the
-system at once, so that loading takes little more memory than the loaded model.
+The files are the released ones: safetensors, one file or shards with an index. The models hold their weights in
+the checkpoint's own layout, so that nothing is transposed. The files are read through a memory map, a few
+megabytes at a time, and the pages read are handed back to the system at once, so that loading takes little more
+memory than the loaded model.
 """
 
 import json
@@ -21,8 +22,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pdparams")
 # safetensors' names of the number types that a checkpoint may hold -> numpy's and ml_dtypes' names
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64"}
 MODEL_DTYPES = ("float32", "float16", "bfloat16")
-RELEASE_BYTES = 64 << 20  # rows read are handed back to the system after so many bytes
-TRANSPOSED_ROWS = 16  # rows a time that a transposing copy does fastest
+RELEASE_BYTES = 64 << 20  # pages read are handed back to the system after so many bytes
+CHUNK_BYTES = 8 << 20
 
 
 # --- where the files are ---------------------------------------------------------------------------------
@@ -111,34 +112,25 @@ class SafetensorsFile:
             offset += math.prod(self.shapes[name]) * np.dtype(DTYPES[self.dtypes[name]]).itemsize
         self.released = 0
 
-    def read(self, name, dtype, transpose=False, on_bytes=lambda n: None):
-        """The tensor as a new numpy array of `dtype`, [in, out] of a [out, in] matrix if `transpose`.
-
-        Raises InputError where it holds NaN or infinity.
-        """
+    def read(self, name, dtype, on_bytes=lambda n: None):
+        """The tensor as a new numpy array of `dtype`. InputError where it holds NaN or infinity."""
         import numpy as np
 
-        stored = np.dtype(DTYPES[self.dtypes[name]])
-        shape = self.shapes[name]
-        source = np.ndarray(shape, stored, self.map, self.offsets[name])
-        out = np.empty(shape[::-1] if transpose else shape, dtype)
-        rows = source.reshape([shape[0], -1]) if shape else source.reshape([1, 1])
-        target = out.T if transpose else out.reshape(rows.shape)
-        row_bytes = max(1, rows.shape[1] * stored.itemsize)
-        step = TRANSPOSED_ROWS if transpose else max(1, (8 << 20) // row_bytes)
-        unreleased = 0
-        for start in range(0, rows.shape[0], step):
-            chunk = rows[start : start + step]
+        stored, shape = np.dtype(DTYPES[self.dtypes[name]]), self.shapes[name]
+        source = np.ndarray(math.prod(shape), stored, self.map, self.offsets[name])
+        out = np.empty(math.prod(shape), dtype)
+        step, unreleased = CHUNK_BYTES // stored.itemsize, 0
+        for start in range(0, out.size, step):
+            chunk = source[start : start + step]
             self._check_finite(name, chunk)
-            # the cast comes first: it gives the transposing copy less to move
-            target[start : start + step] = chunk.astype(dtype, copy=False)
-            unreleased += chunk.nbytes
+            out[start : start + step] = chunk
             on_bytes(chunk.nbytes)
+            unreleased += chunk.nbytes
             if unreleased >= RELEASE_BYTES:
-                self._release(self.offsets[name] + start * row_bytes + chunk.nbytes)
+                self._release(self.offsets[name] + (start + chunk.size) * stored.itemsize)
                 unreleased = 0
-        self._release(self.offsets[name] + rows.nbytes)
-        return out
+        self._release(self.offsets[name] + source.nbytes)
+        return out.reshape(shape)
 
     def _check_finite(self, name, chunk):
         import numpy as np
@@ -232,7 +224,7 @@ def require_memory(size, purpose):
 class CheckpointMixin:
     """`from_pretrained` and `save_pretrained` for a paddle.nn.Layer whose names are the checkpoint's.
 
-    A class says in `config_class` what describes it. Weights of nn.Linear layers are transposed on the way.
+    A class says in `config_class` what describes it.
     """
 
     config_class = None
@@ -267,7 +259,7 @@ class CheckpointMixin:
             model = cls(config)
         state = model._checkpoint_state()
         itemsize = 4 if dtype == "float32" else 2
-        size = itemsize * sum(math.prod(t.shape) for t, _ in state.values())
+        size = itemsize * sum(math.prod(t.shape) for t in state.values())
         require_memory(size, f"in {dtype} for {name_or_path}")
         weights = open_weights(name_or_path)
         try:
@@ -284,8 +276,7 @@ class CheckpointMixin:
                 # in the order of the files, so that each is read from its start to its end
                 for name in sorted(weights, key=lambda n: (str(weights[n].path), weights[n].offsets[n])):
                     if name in state:
-                        target, transpose = state[name]
-                        _assign(target, weights[name], name, dtype, transpose, bar.update)
+                        _assign(state[name], weights[name], name, dtype, bar.update)
         finally:
             for file in set(weights.values()):
                 file.close()
@@ -302,7 +293,7 @@ class CheckpointMixin:
         directory.mkdir(parents=True, exist_ok=True)
         state = self._checkpoint_state()
         shards, size = [[]], 0
-        for name, (tensor, _) in state.items():
+        for name, tensor in state.items():
             num_bytes = tensor.element_size() * math.prod(tensor.shape)
             if shards[-1] and size + num_bytes > max_shard_bytes:
                 shards.append([])
@@ -314,7 +305,7 @@ class CheckpointMixin:
             names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         total = 0
         for file_name, shard in zip(names, shards, strict=True):
-            arrays = {name: _to_array(*state[name]) for name in shard}
+            arrays = {name: _to_array(state[name]) for name in shard}
             total += sum(a.nbytes for a in arrays.values())
             with replacing(directory / file_name) as temporary:
                 save_file(arrays, temporary, {"format": "pt"})
@@ -332,15 +323,8 @@ class CheckpointMixin:
         type(self.config)(**values).save_pretrained(directory)
 
     def _checkpoint_state(self):
-        """{checkpoint name: (parameter or buffer, whether the checkpoint has it transposed)}"""
-        from paddle import nn
-
-        transposed = {f"{prefix}.weight" for prefix, layer in self.named_sublayers() if isinstance(layer, nn.Linear)}
-        return {
-            name: (tensor, name in transposed)
-            for name, tensor in self.state_dict().items()
-            if name not in self.tied_weights
-        }
+        """{checkpoint name: parameter or buffer}"""
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in self.tied_weights}
 
 
 def _check_names_and_shapes(name_or_path, state, weights, optional):
@@ -352,9 +336,8 @@ def _check_names_and_shapes(name_or_path, state, weights, optional):
         raise InputError(f"{name_or_path} lacks {some(missing)}: its weights are not those of its config.json")
     if extra := weights.keys() - state.keys() - set(optional):
         raise InputError(f"{name_or_path} has {some(extra)} too many: its weights are not those of its config.json")
-    for name, (tensor, transpose) in state.items():
-        expected = list(tensor.shape)[::-1] if transpose else list(tensor.shape)
-        found = list(weights[name].shapes[name])
+    for name, tensor in state.items():
+        expected, found = list(tensor.shape), list(weights[name].shapes[name])
         if found != expected:
             raise InputError(
                 f"{weights[name].path}: tensor {name} is {found}, config.json asks for {expected}: "
@@ -362,17 +345,17 @@ def _check_names_and_shapes(name_or_path, state, weights, optional):
             )
 
 
-def _assign(target, file, name, dtype, transpose, on_bytes):
+def _assign(target, file, name, dtype, on_bytes):
     """Put a tensor of a file into a parameter (which has no memory yet) or a buffer (which keeps its dtype)."""
     import ml_dtypes  # noqa: F401  makes numpy know bfloat16
     import numpy as np
     import paddle
 
     if not isinstance(target, paddle.base.framework.EagerParamBase):
-        array = file.read(name, str(target.dtype).removeprefix("paddle."), on_bytes=on_bytes)
+        array = file.read(name, str(target.dtype).removeprefix("paddle."), on_bytes)
         target.set_value(paddle.to_tensor(array))
         return
-    array = file.read(name, np.dtype(dtype), transpose, on_bytes)
+    array = file.read(name, np.dtype(dtype), on_bytes)
     # dlpack shares the array's memory; it knows no bfloat16, so that goes as the integers it is stored as
     tensor = paddle.utils.dlpack.from_dlpack(array.view(np.int16) if dtype == "bfloat16" else array)
     tensor = tensor.view("bfloat16") if dtype == "bfloat16" else tensor
@@ -380,10 +363,9 @@ def _assign(target, file, name, dtype, transpose, on_bytes):
     (tensor if device == "cpu" else tensor.to(device))._share_underline_tensor_to(target)
 
 
-def _to_array(tensor, transpose):
-    """A numpy array in torch layout; Paddle gives bfloat16 as the integers it is stored as."""
+def _to_array(tensor):
+    """A numpy array; Paddle gives bfloat16 as the integers it is stored as."""
     import ml_dtypes
 
-    tensor = tensor.detach().cpu()
-    array = (tensor.T if transpose else tensor).contiguous().numpy()
+    array = tensor.detach().cpu().numpy()
     return array.view(ml_dtypes.bfloat16) if array.dtype == "uint16" else array

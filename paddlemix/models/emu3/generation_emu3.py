@@ -12,6 +12,8 @@ import paddle
 
 from paddlemix.utils import InputError
 
+from .modeling_emu3 import linear
+
 POSITIVE_PROMPT = " masterpiece, film grained, best quality."
 NEGATIVE_PROMPT = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
@@ -118,7 +120,7 @@ def generate_images(
         hidden = model.model(input_ids, mask, past_key_values=cache)[:, -1]
         forced = [grammar.forced(h, w, position) for h, w in sizes]
         if None in forced:
-            logits = paddle.matmul(hidden, head, transpose_y=True).astype("float32")
+            logits = linear(hidden, head).astype("float32")
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + guidance_scale * (conditional - unconditional)

@@ -100,7 +100,7 @@ def attend(query, key, value, allowed=None, dropout=0.0):
 
     # queries that share a key head stand side by side, so that a key is read once for all of them
     query = query.reshape([batch, new, kv_heads, heads // kv_heads, head_dim]).transpose([0, 2, 3, 1, 4])
-    key, value = key.transpose([0, 2, 3, 1]), value.transpose([0, 2, 1, 3])
+    key, value = key.transpose([0, 2, 1, 3]), value.transpose([0, 2, 1, 3])
     out = [
         _attend_chunk(query[:, :, :, start : start + QUERY_CHUNK], key, value, length - new + start, allowed, dropout)
         for start in range(0, new, QUERY_CHUNK)
@@ -110,12 +110,13 @@ def attend(query, key, value, allowed=None, dropout=0.0):
 
 
 def _attend_chunk(query, key, value, past, allowed, dropout):
-    """query [batch, kv_heads, group, new, head_dim] at positions from `past` on, key [batch, kv_heads,
-    head_dim, length], value [batch, kv_heads, length, head_dim]"""
+    """query [batch, kv_heads, group, new, head_dim] at positions from `past` on, key and value [batch, kv_heads,
+    length, head_dim]"""
     batch, kv_heads, group, new, head_dim = query.shape
     length = past + new  # later keys are nobody's in this chunk
-    key, value = key[..., :length], value[:, :, :length]
-    scores = paddle.matmul(query.reshape([batch, kv_heads, group * new, head_dim]), key) / math.sqrt(head_dim)
+    key, value = key[:, :, :length], value[:, :, :length]
+    query = query.reshape([batch, kv_heads, group * new, head_dim]) / math.sqrt(head_dim)
+    scores = paddle.matmul(query, key, transpose_y=True)
     scores = scores.astype("float32").reshape([batch, kv_heads, group, new, length])
     visible = _visible(new, length, None if allowed is None else allowed[:, :length])
     if visible is not None:  # a finite number: where a query sees nothing, it must not make NaN
@@ -141,6 +142,26 @@ def _has_flash_attention(query):
     return query.shape[-1] <= 256 and paddle.device.cuda.get_device_capability()[0] >= 8
 
 
+def linear(x, weight):
+    """x [..., in] times weight [out, in] -> [..., out]"""
+    rows = math.prod(x.shape[:-1])
+    if 1 < rows <= 4 and x.place.is_cpu_place():
+        # Paddle's matmul reads the weight twice as fast when it comes first, and few rows are bound by that
+        return paddle.matmul(weight, x.reshape([rows, -1]), transpose_y=True).T.reshape([*x.shape[:-1], -1])
+    return paddle.matmul(x, weight, transpose_y=True)
+
+
+class Emu3Linear(nn.Layer):
+    """A linear layer without bias whose weight is [out, in], as in the checkpoint."""
+
+    def __init__(self, config, in_features, out_features):
+        super().__init__()
+        self.weight = self.create_parameter([out_features, in_features], attr=_normal(config))
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
 class Emu3RMSNorm(nn.Layer):
     def __init__(self, hidden_size, eps):
         super().__init__()
@@ -158,10 +179,10 @@ class Emu3Attention(nn.Layer):
         super().__init__()
         self.layer, self.config = layer, config
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = _linear(config, config.hidden_size, heads * dim)
-        self.k_proj = _linear(config, config.hidden_size, kv_heads * dim)
-        self.v_proj = _linear(config, config.hidden_size, kv_heads * dim)
-        self.o_proj = _linear(config, heads * dim, config.hidden_size)
+        self.q_proj = Emu3Linear(config, config.hidden_size, heads * dim)
+        self.k_proj = Emu3Linear(config, config.hidden_size, kv_heads * dim)
+        self.v_proj = Emu3Linear(config, config.hidden_size, kv_heads * dim)
+        self.o_proj = Emu3Linear(config, heads * dim, config.hidden_size)
 
     def forward(self, x, cos, sin, allowed, cache):
         by_head = [*x.shape[:2], -1, self.config.head_dim]
@@ -177,9 +198,9 @@ class Emu3Attention(nn.Layer):
 class Emu3MLP(nn.Layer):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = _linear(config, config.hidden_size, config.intermediate_size)
-        self.up_proj = _linear(config, config.hidden_size, config.intermediate_size)
-        self.down_proj = _linear(config, config.intermediate_size, config.hidden_size)
+        self.gate_proj = Emu3Linear(config, config.hidden_size, config.intermediate_size)
+        self.up_proj = Emu3Linear(config, config.hidden_size, config.intermediate_size)
+        self.down_proj = Emu3Linear(config, config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -274,17 +295,6 @@ def _positions(allowed, past, length, batch):
     return paddle.where(allowed, positions, paddle.ones_like(positions))[:, past:]
 
 
-class Emu3LMHead(nn.Layer):
-    """Hidden states to logits; the weight is [vocab, hidden], a row a token, as in the checkpoint."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = self.create_parameter([config.vocab_size, config.hidden_size], attr=_normal(config))
-
-    def forward(self, hidden_states):
-        return paddle.matmul(hidden_states, self.weight, transpose_y=True)
-
-
 class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
     """The Transformer with its head. PaddleNLP's `generate` works on it; `generate_images` and
     `generate_text` in generation_emu3.py are the faster way."""
@@ -295,7 +305,7 @@ class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
         super().__init__()
         self.config = config
         self.model = Emu3Model(config)
-        self.lm_head = Emu3LMHead(config)
+        self.lm_head = Emu3Linear(config, config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.generation_config = GenerationConfig(
@@ -422,7 +432,3 @@ def _next_token_loss(logits, labels):
 
 def _normal(config):
     return nn.initializer.Normal(0.0, config.initializer_range)
-
-
-def _linear(config, in_features, out_features):
-    return nn.Linear(in_features, out_features, weight_attr=_normal(config), bias_attr=False)

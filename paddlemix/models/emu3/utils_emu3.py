@@ -113,4 +113,4 @@ def _last(input_ids, token):
     positions = (input_ids == token).nonzero()
     if positions.shape[0] == 0:
         raise InputError(f"the prompt has no image token {token}: make it with Emu3Processor, mode='G'")
-    return int(positions[-1])
+    return positions[-1].item()
