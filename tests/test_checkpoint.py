@@ -8,12 +8,16 @@ import pickle
 import random
 import re
 import shutil
+import socket
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
 import paddle
 import pytest
 from conftest import golden, golden_weights, relative_error, write_checkpoint
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -164,15 +168,24 @@ def test_saving_over_an_earlier_checkpoint_leaves_none_of_it(directory, tmp_path
     np.testing.assert_array_equal(logits_of(load(tmp_path / "out")), logits_of(model))
 
 
-def test_a_save_that_fails_leaves_the_earlier_one(directory, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_a_save_that_is_cut_off_leaves_the_earlier_one(directory, tmp_path, monkeypatch, error):
     model = load(directory)
-    model.save_pretrained(tmp_path / "out")
-    before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(checkpoint, "_to_array", lambda *a: np.array(["not a number"]))
-    with pytest.raises(Exception, match=r"."):
-        model.save_pretrained(tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    model.save_pretrained(tmp_path / "out", max_shard_bytes=100_000)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    model.model.norm.weight.set_value(model.model.norm.weight + 1)
+    whole, calls = checkpoint._to_array, []
+
+    def cut_off(tensor):
+        calls.append(1)
+        if len(calls) == 20:  # in a later shard
+            raise error
+        return whole(tensor)
+
+    monkeypatch.setattr(checkpoint, "_to_array", cut_off)
+    with pytest.raises(type(error)):
+        model.save_pretrained(tmp_path / "out", max_shard_bytes=100_000)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
 # --- what is refused
@@ -195,6 +208,10 @@ def test_no_such_directory(tmp_path):
     refuse(tmp_path / "nowhere", "nowhere", "directory that exists")
     (tmp_path / "file").write_text("")
     refuse(tmp_path / "file", "directory that exists")
+    (tmp_path / "file.bin").write_text("")
+    refuse(tmp_path / "file.bin", "pickle")
+    refuse("", "empty")
+    refuse(None, "empty")
 
 
 def test_no_config(directory):
@@ -249,6 +266,8 @@ def test_missing_extra_and_wrong_tensors_are_named(directory):
     refuse(directory, "model.norm.weight", "[65]", "[64]")
     change(directory, lambda w: w.update({"model.norm.weight": np.ones(64, "int32")}))
     refuse(directory, "model.norm.weight", "I32")
+    change(directory, lambda w: w.update({"model.norm.weight": np.ones(64, "int64")}))
+    refuse(directory, "model.norm.weight", "integers")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -288,6 +307,28 @@ def test_the_other_kind_of_checkpoint(vision_dir, language_dir):
     refuse(vision_dir, "Emu3VisionVQ")
     with pytest.raises(ValueError, match="'Emu3' model"):
         Emu3VisionVQModel.from_pretrained(language_dir)
+
+
+def test_too_large_for_float16(directory):
+    def enlarge(weights):
+        weights["model.norm.weight"][3] = 1e6
+
+    change(directory, enlarge)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight.*too large for float16: take bfloat16"):
+        load(directory, dtype="float16")
+    assert float(load(directory, dtype="bfloat16").model.norm.weight[3]) == pytest.approx(1e6, rel=0.01)
+
+
+def test_a_container_counts_files_that_were_read_as_free(tmp_path, monkeypatch):
+    group = tmp_path / "cgroup"
+    group.mkdir()
+    files = "inactive_file 9000\nactive_file 5000"
+    for name, text in {"memory.max": "16000", "memory.current": "15000", "memory.stat": f"anon 1\n{files}"}.items():
+        (group / name).write_text(text)
+    monkeypatch.setattr(checkpoint, "Path", lambda path: group if path == "/sys/fs/cgroup" else path)
+    assert checkpoint.available_memory() == 16000 - 1000
+    (group / "memory.max").write_text("max")
+    assert checkpoint.available_memory() > 10**6
 
 
 def test_not_enough_memory(directory, monkeypatch):
@@ -331,7 +372,9 @@ def test_only_the_needed_files_are_asked_for(directory, monkeypatch):
     in_shards(directory, golden_weights("language_model"))
     asked = []
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("nothing is cached")
         asked.extend(allow_patterns)
         return str(directory)
 
@@ -339,6 +382,29 @@ def test_only_the_needed_files_are_asked_for(directory, monkeypatch):
     load("BAAI/Emu3-Gen")
     shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert asked == ["config.json", "model.safetensors", "model.safetensors.index.json", *shards]
+
+
+def test_a_cached_checkpoint_needs_no_network(hub, directory, monkeypatch):
+    cache(hub, "BAAI/Emu3-Gen", directory)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("requests.Session.request", lambda *a, **k: pytest.fail("asked the network"))
+    load("BAAI/Emu3-Gen")
+
+
+def test_a_hub_that_does_not_answer(tmp_path):
+    """A server that takes the connection and says nothing: an error within seconds, not never."""
+    server = socket.create_server(("127.0.0.1", 0))
+    script = (
+        "import time; from paddlemix.models.emu3 import checkpoint; checkpoint.HUB_TIMEOUT = 1; start = time.time()\n"
+        "try: checkpoint.fetch('BAAI/Emu3-Gen', ['config.json'])\n"
+        "except checkpoint.InputError as error: print(error)\n"
+        "assert time.time() - start < 20"
+    )
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+    env.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    server.close()
+    assert done.returncode == 0 and "cannot fetch BAAI/Emu3-Gen" in done.stdout, done.stderr
 
 
 def test_hub_errors_are_one_line(monkeypatch):
@@ -349,7 +415,9 @@ def test_hub_errors_are_one_line(monkeypatch):
         headers, status_code, request = {}, 404, None
 
     def fail(kind):
-        def snapshot_download(*args, **kwargs):
+        def snapshot_download(*args, local_files_only=False, **kwargs):
+            if local_files_only:
+                raise LocalEntryNotFoundError("nothing is cached")
             raise kind("first line\nsecond line", response=Response()) if issubclass(kind, IOError) else kind("x\ny")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

@@ -81,8 +81,14 @@ def test_rope_scaling_refused(rope_scaling):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"hidden_size": 0}, "hidden_size must be a positive integer"),
-        ({"hidden_size": "4096"}, "hidden_size must be a positive integer"),
+        ({"hidden_size": 0}, "hidden_size must be above 0"),
+        ({"hidden_size": "4096"}, "hidden_size must be an integer"),
+        ({"use_cache": "false"}, "use_cache must be true or false"),
+        ({"eos_token_id": [3, 202]}, "eos_token_id must be an integer"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a finite number"),
+        ({"rope_theta": -5}, "rope_theta must be above 0"),
+        ({"attention_dropout": 2.0}, "attention_dropout must be 0 or more and below 1"),
+        ({"to_dict": 1}, "to_dict must be called something else"),
         ({"hidden_size": 4100}, "even multiple"),
         ({"num_key_value_heads": 5}, "multiple of num_key_value_heads"),
         ({"hidden_act": "gelu"}, "hidden_act"),
@@ -94,13 +100,19 @@ def test_values_that_make_no_model(values, words):
         Emu3Config(**values)
 
 
-@pytest.mark.parametrize("values", [{"ch": 48}, {"temporal_downsample_factor": 3}, {"double_z": True}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"ch": 48}, {"temporal_downsample_factor": 3}, {"double_z": True}, {"ch_mult": []}, {"ch_mult": "1224"},
+        {"ch_mult": [0, 1]}, {"attn_resolutions": None}, {"dropout": -1.0}, {"z_channels": 8},
+    ],
+)  # fmt: skip
 def test_values_that_make_no_vision_tokenizer(values):
     with pytest.raises(ValueError, match=f"config: {next(iter(values))}"):
         Emu3VisionVQConfig(**values)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
+@pytest.mark.parametrize("text", ["{", "[]", "\x00", "[" * 100_000])
 def test_a_broken_file_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="config.json"):

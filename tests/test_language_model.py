@@ -6,7 +6,7 @@ import paddle
 import pytest
 from conftest import golden, relative_error
 
-from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM
+from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, Emu3Model, attention
 from paddlemix.models.emu3 import modeling_emu3 as modeling
 
 DATA = golden("language_model.npz")
@@ -63,20 +63,32 @@ def test_in_pieces_through_the_cache(language_model):
     ]
     assert relative_error(np.concatenate(pieces, axis=1)[:, 7:], whole[:, 7:]) < 1e-5
     with pytest.raises(ValueError, match="do not fit a cache"):
-        language_model(IDS[:, :1], past_key_values=cache)
+        language_model.model(IDS[:, :1], past_key_values=cache)
+
+
+def test_the_cache_that_forward_gives_grows(language_model):
+    """The usual loop by hand, one token at a time."""
+    with paddle.no_grad():
+        output = language_model(IDS[:, :5])
+        for i in range(5, 20):
+            output = language_model(IDS[:, i : i + 1], past_key_values=output.past_key_values)
+    assert output.past_key_values.length == 20
+    assert relative_error(output.logits[:, 0].numpy(), logits_of(language_model, IDS)[:, -1]) < 1e-5
+    assert language_model(IDS[:, :5], use_cache=False).past_key_values is None
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_in_chunks(monkeypatch, masked):
     """Against the formula, spelled out in float64."""
-    monkeypatch.setattr(modeling, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
     rng = np.random.RandomState(0)
     query, key, value = (
         rng.standard_normal(s).astype("float32") for s in ([2, 10, 6, 8], [2, 13, 3, 8], [2, 13, 3, 8])
     )
     allowed = np.ones([2, 13], dtype=bool)
     allowed[0, :2] = not masked
-    out = modeling.attend(*map(paddle.to_tensor, (query, key, value)), paddle.to_tensor(allowed) if masked else None)
+    mask = paddle.to_tensor(allowed).reshape([2, 1, 1, 13]) if masked else None
+    out = attention.attend(*map(paddle.to_tensor, (query, key, value)), mask)
     expected = np.zeros([2, 10, 6, 8])
     for b, q, h in np.ndindex(2, 10, 6):
         seen = np.flatnonzero(allowed[b] & (np.arange(13) <= q + 3))
@@ -84,6 +96,66 @@ def test_attention_in_chunks(monkeypatch, masked):
         weights = np.exp(scores - scores.max())
         expected[b, q, h] = weights @ value[b, seen, h // 2] / weights.sum()
     assert relative_error(out.numpy(), expected.reshape(2, 10, 48)) < 1e-5
+
+
+def additive(visible):
+    return paddle.where(visible, paddle.zeros([]), paddle.full([], -1e4))
+
+
+def test_masks_of_four_axes(language_model):
+    """Bool, 0 and 1, and additive ones; padding alone and a whole matrix."""
+    expected = logits_of(language_model, IDS, MASK)[:, 7:]
+    padding = (MASK == 1).reshape([2, 1, 1, 20])
+    matrix = paddle.logical_and(padding, paddle.ones([20, 20]).tril().astype("bool"))
+    for mask in (padding, padding.astype("int64"), additive(padding), matrix, additive(matrix)):
+        assert relative_error(logits_of(language_model, IDS, mask)[:, 7:], expected) < 1e-5
+    ids, _ = language_model.generate(IDS, attention_mask=padding, max_new_tokens=24)
+    np.testing.assert_array_equal(ids.numpy(), DATA["greedy"][:, 20:])
+
+
+def test_two_sequences_packed_in_one_row(language_model):
+    """A block-diagonal mask: each is what it is alone."""
+    block = paddle.zeros([20, 20])
+    block[:8, :8] = block[8:, 8:] = 1
+    positions = paddle.concat([paddle.arange(8), paddle.arange(12)]).unsqueeze(0)
+    packed = logits_of(language_model, IDS[1:], block.astype("bool").reshape([1, 1, 20, 20]), position_ids=positions)
+    assert relative_error(packed[:, :8], logits_of(language_model, IDS[1:, :8])) < 1e-5
+    assert relative_error(packed[:, 8:], logits_of(language_model, IDS[1:, 8:])) < 1e-5
+
+
+def test_generate_without_padding_takes_flash_attention(language_model, monkeypatch):
+    """Every layer of every step, though PaddleNLP always makes a mask."""
+    calls = []
+    monkeypatch.setattr(attention, "_has_flash_attention", lambda query: calls.append(query.shape[1]) or False)
+    for mask in (None, paddle.ones_like(IDS[1:])):
+        calls.clear()
+        language_model.generate(IDS[1:], attention_mask=mask, max_new_tokens=4)
+        assert calls == [20] * 3 + [1] * 9
+    calls.clear()
+    language_model.generate(IDS[:1], attention_mask=MASK[:1], max_new_tokens=4)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"input_ids": IDS[0]}, r"input_ids must be \[batch, new\]"),
+        ({"input_ids": IDS[:, :0]}, "input_ids must be"),
+        ({"input_ids": IDS, "position_ids": paddle.arange(20)}, "position_ids must be"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, "labels must be"),
+        ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 2}, "labels must be"),
+        ({"input_ids": IDS, "attention_mask": MASK.reshape([2, 1, 20])}, "attention_mask must be"),
+        ({"input_ids": IDS, "attention_mask": (MASK - 1) * 1e4}, "holds negatives"),
+    ],
+)
+def test_shapes_that_do_not_fit(language_model, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        language_model(**arguments)
+
+
+def test_generate_refuses_embeddings(language_model):
+    with pytest.raises(ValueError, match="no inputs_embeds"):
+        language_model.generate(inputs_embeds=language_model.get_input_embeddings()(IDS), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("shape", [[1, 1], [2, 1], [1, 4], [2, 3], [3, 5]])
@@ -98,13 +170,18 @@ def test_flash_attention_is_given_what_it_can_do(monkeypatch):
     """Which calls take it. Its kernel needs a card; Paddle's stand-in on a CPU says that it means the same."""
     rng, calls = np.random.RandomState(0), []
     query, key, value = (paddle.to_tensor(rng.standard_normal([2, 5, 4, 8]).astype("float32")) for _ in range(3))
-    real = modeling.flash_attention
-    cases = [(query, None), (query[:, :1], None), (query[:, :3], None), (query, paddle.ones([2, 5], dtype="bool"))]
-    plain = [modeling.attend(q, key, value, allowed) for q, allowed in cases]
-    monkeypatch.setattr(modeling, "_has_flash_attention", lambda query: True)
-    monkeypatch.setattr(modeling, "flash_attention", lambda *a, **how: calls.append(how["causal"]) or real(*a, **how))
+    real = attention.flash_attention
+    cases = [
+        (query, None),
+        (query[:, :1], None),
+        (query[:, :3], None),
+        (query, paddle.ones([2, 1, 1, 5], dtype="bool")),
+    ]
+    plain = [attention.attend(q, key, value, allowed) for q, allowed in cases]
+    monkeypatch.setattr(attention, "_has_flash_attention", lambda query: True)
+    monkeypatch.setattr(attention, "flash_attention", lambda *a, **how: calls.append(how["causal"]) or real(*a, **how))
     for (q, allowed), expected in zip(cases, plain, strict=True):
-        assert relative_error(modeling.attend(q, key, value, allowed).numpy(), expected.numpy()) < 1e-5
+        assert relative_error(attention.attend(q, key, value, allowed).numpy(), expected.numpy()) < 1e-5
     assert calls == [True, False]  # prefill and one token; not new tokens after old ones, not with padding
 
 
@@ -115,12 +192,12 @@ def test_when_there_is_flash_attention(monkeypatch):
             self.is_gpu_place = lambda: gpu
 
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (8, 0))
-    assert modeling._has_flash_attention(Query())
-    assert not modeling._has_flash_attention(Query(gpu=False))
-    assert not modeling._has_flash_attention(Query(dtype=paddle.float32))
-    assert not modeling._has_flash_attention(Query(head_dim=512))
+    assert attention._has_flash_attention(Query())
+    assert not attention._has_flash_attention(Query(gpu=False))
+    assert not attention._has_flash_attention(Query(dtype=paddle.float32))
+    assert not attention._has_flash_attention(Query(head_dim=512))
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (7, 5))
-    assert not modeling._has_flash_attention(Query())
+    assert not attention._has_flash_attention(Query())
 
 
 @pytest.mark.parametrize("mask", [MASK, None])
@@ -129,15 +206,20 @@ def test_golden_greedy_generate(language_model, mask):
     np.testing.assert_array_equal(ids.numpy(), DATA["greedy"][:, 20:])
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_beam_search(language_model, use_cache):
-    """With the cache and without; more tokens than the cache has at first."""
-    ids, scores = language_model.generate(
-        IDS, attention_mask=MASK, max_new_tokens=70, decode_strategy="beam_search", num_beams=3, use_cache=use_cache
-    )
-    again, _ = language_model.generate(
-        IDS[:1, 7:], max_new_tokens=70, decode_strategy="beam_search", num_beams=3, use_cache=False
-    )
+def test_beam_search(language_model, monkeypatch):
+    """With the cache, more tokens than it has at first, and without: PaddleNLP drops use_cache=False on its way."""
+    beams = {"max_new_tokens": 70, "decode_strategy": "beam_search", "num_beams": 3}
+    ids, _ = language_model.generate(IDS, attention_mask=MASK, **beams)
+    prepare, lengths = language_model.prepare_inputs_for_generation, []
+
+    def without_cache(input_ids, **kwargs):
+        inputs = prepare(input_ids, **{**kwargs, "use_cache": False})
+        lengths.append(inputs["input_ids"].shape[1])
+        return inputs
+
+    monkeypatch.setattr(language_model, "prepare_inputs_for_generation", without_cache)
+    again, _ = language_model.generate(IDS[:1, 7:], **beams)
+    assert lengths[:3] == [13, 14, 15]
     length = again.shape[1]
     np.testing.assert_array_equal(ids.numpy()[:1, :length], again.numpy())
     assert (ids.numpy()[0, length:] == 200).all()  # the shorter answer is padded
@@ -207,6 +289,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(language_dir):
     assert all(relative_error(checkpointed[name], plain[name]) < 1e-5 for name in plain)
 
 
+def test_gradient_checkpointing_with_frozen_embeddings(language_dir):
+    """What fine-tuning of the layers alone does: the first layer's input needs no gradient."""
+    model = Emu3ForCausalLM.from_pretrained(language_dir, attention_dropout=0.0).train()
+    model.get_input_embeddings().weight.stop_gradient = True
+    model.gradient_checkpointing_enable()
+    model(IDS, MASK, labels=LABELS).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == ["model.embed_tokens.weight"]
+    model.gradient_checkpointing_disable()
+    assert not model.model.enable_recompute
+
+
 def test_gradient_of_the_loss(language_dir):
     """Against a central difference along a random direction of one weight."""
     model = Emu3ForCausalLM.from_pretrained(language_dir)
@@ -245,6 +338,14 @@ def test_tied_embeddings(tmp_path):
     np.testing.assert_array_equal(logits_of(again, ids), before)
     again.train()
     again(ids, labels=ids).loss.backward()
+
+
+def test_the_transformer_alone_from_the_same_checkpoint(language_dir, language_model, tmp_path):
+    model = Emu3Model.from_pretrained(language_dir)
+    model.save_pretrained(tmp_path)
+    for same in (model, Emu3Model.from_pretrained(tmp_path)):
+        with paddle.no_grad():
+            np.testing.assert_array_equal(same(IDS).numpy(), language_model.model(IDS).numpy())
 
 
 def test_released_names_and_shapes():

@@ -61,7 +61,7 @@ def test_nearest_codeword_over_several_chunks():
     [
         ([1, 3, 60, 64], "multiples of 8"),
         ([1, 3, 64, 1], "multiples of 8"),
-        ([1, 3, 0, 64], "multiples of 8"),
+        ([1, 3, 0, 64], "no elements"),
         ([1, 6, 3, 32, 32], "multiple of 4"),
         ([1, 4, 32, 32], "must be"),
         ([3, 32, 32], "must be"),
@@ -76,6 +76,22 @@ def test_sides_and_frames_that_do_not_divide(vision_model, shape, words):
 def test_codes_outside_the_codebook(vision_model, codes):
     with pytest.raises(ValueError, match="codes must be"):
         vision_model.decode(paddle.to_tensor(codes))
+
+
+@pytest.mark.parametrize("pixels", [DATA["image"], paddle.zeros([1, 3, 8, 8], dtype="uint8")])
+def test_pixels_of_another_kind(vision_model, pixels):
+    with pytest.raises(ValueError, match="Paddle tensor of floats"):
+        vision_model.encode(pixels)
+    with pytest.raises(ValueError, match="Paddle tensor of int64"):
+        vision_model.decode(pixels)
+
+
+def test_float64_pixels_and_int32_codes_are_cast(vision_model):
+    pixels = paddle.to_tensor(DATA["image"].astype("float64"))
+    np.testing.assert_array_equal(vision_model.encode(pixels).numpy(), DATA["image_codes"])
+    decoded = vision_model(pixels)
+    codes = paddle.to_tensor(DATA["image_codes"].astype("int32"))
+    np.testing.assert_array_equal(decoded.numpy(), vision_model.decode(codes).numpy())
 
 
 def test_released_names_and_shapes():

@@ -7,23 +7,26 @@ megabytes at a time, and the pages read are handed back to the system at once, s
 memory than the loaded model.
 """
 
+import contextlib
 import json
 import math
 import mmap
 import re
 from pathlib import Path
 
-from paddlemix.utils import InputError, replacing, write_atomically
+from paddlemix.utils import InputError, replacing
 
+CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_PATTERN = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pdparams")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pdparams")
 # safetensors' names of the number types that a checkpoint may hold -> numpy's and ml_dtypes' names
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64"}
 MODEL_DTYPES = ("float32", "float16", "bfloat16")
 RELEASE_BYTES = 64 << 20  # pages read are handed back to the system after so many bytes
 CHUNK_BYTES = 8 << 20
+HUB_TIMEOUT = 15  # seconds that the hub may be silent
 
 
 # --- where the files are ---------------------------------------------------------------------------------
@@ -40,14 +43,18 @@ def fetch(name_or_path, required, optional=()):
         InputError: there is no such directory or checkpoint, a required file is missing in it, or it is
             neither cached nor within reach.
     """
+    if not str(name_or_path or "").strip():
+        raise InputError("the path of the checkpoint is empty: give a directory or a hub name such as BAAI/Emu3-Gen")
     path = Path(name_or_path).expanduser()
+    if path.suffix in PICKLE_SUFFIXES and path.is_file():
+        _refuse_pickle(name_or_path, path.name)
     if not path.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)) or path.exists():
             raise InputError(
                 f"no checkpoint at {str(name_or_path)!r}: give a directory that exists, "
                 "or a hub name such as BAAI/Emu3-Gen"
             )
-        path = _fetch_from_hub(str(name_or_path), [*required, *optional])
+        path = _fetch_from_hub(str(name_or_path), required, optional)
     for name in required:
         if not (path / name).is_file():
             raise InputError(
@@ -57,10 +64,30 @@ def fetch(name_or_path, required, optional=()):
     return path
 
 
-def _fetch_from_hub(name, files):
-    from huggingface_hub import snapshot_download
+def _refuse_pickle(name_or_path, name):
+    raise InputError(
+        f"{str(name_or_path)!r} holds {name}, a pickle: loading one can run any program, so it is "
+        f"refused; convert it to {SINGLE_NAME} with the tool that made it"
+    )
+
+
+def _fetch_from_hub(name, required, optional):
+    import requests
+    from huggingface_hub import configure_http_backend, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    class Session(requests.Session):  # without it a hub that does not answer is waited for without end
+        def request(self, *args, timeout=None, **kwargs):
+            return super().request(*args, timeout=timeout or HUB_TIMEOUT, **kwargs)
+
+    configure_http_backend(Session)
+    files = [*required, *optional]
+    try:  # what is in the cache needs no network; a checkpoint's files do not change
+        path = Path(snapshot_download(name, allow_patterns=files, local_files_only=True))
+        if all((path / f).is_file() for f in required) and (required or any((path / f).is_file() for f in optional)):
+            return path
+    except LocalEntryNotFoundError:
+        pass
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except GatedRepoError:
@@ -74,7 +101,7 @@ def _fetch_from_hub(name, files):
         )
     except HfHubHTTPError as error:
         reason = f"the hub answered {str(error).splitlines()[0]!r}: try again later"
-    except OSError as error:
+    except (OSError, requests.RequestException) as error:
         reason = f"{error}: check the network, the disk and the cache directory, then try again"
     raise InputError(f"cannot fetch {name}: {reason}")
 
@@ -113,7 +140,10 @@ class SafetensorsFile:
         self.released = 0
 
     def read(self, name, dtype, on_bytes=lambda n: None):
-        """The tensor as a new numpy array of `dtype`. InputError where it holds NaN or infinity."""
+        """The tensor as a new numpy array of `dtype`.
+
+        InputError where it holds NaN, infinity, or numbers that are infinite in `dtype`.
+        """
         import numpy as np
 
         stored, shape = np.dtype(DTYPES[self.dtypes[name]]), self.shapes[name]
@@ -123,7 +153,10 @@ class SafetensorsFile:
         for start in range(0, out.size, step):
             chunk = source[start : start + step]
             self._check_finite(name, chunk)
-            out[start : start + step] = chunk
+            with np.errstate(over="ignore"):
+                out[start : start + step] = chunk
+            if stored.itemsize > 2 and out.dtype == np.float16 and np.isinf(out[start : start + step]).any():
+                raise InputError(f"{self.path}: tensor {name} holds numbers too large for float16: take bfloat16")
             on_bytes(chunk.nbytes)
             unreleased += chunk.nbytes
             if unreleased >= RELEASE_BYTES:
@@ -166,10 +199,7 @@ def open_weights(name_or_path):
     if not (path / INDEX_NAME).is_file():
         pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLE_SUFFIXES)
         if pickles:
-            raise InputError(
-                f"{str(name_or_path)!r} holds {pickles[0]}, a pickle: loading one can run any program, so it is "
-                f"refused; convert it to {SINGLE_NAME} with the tool that made it"
-            )
+            _refuse_pickle(name_or_path, pickles[0])
         raise InputError(f"{str(name_or_path)!r} has neither {SINGLE_NAME} nor {INDEX_NAME}: download it again")
     weight_map = _read_index(path / INDEX_NAME)
     path = fetch(name_or_path, sorted(set(weight_map.values())))
@@ -196,12 +226,17 @@ def available_memory():
     """Bytes of memory that a model can still take: the machine's, or the container's where that is less."""
     import psutil
 
-    free = psutil.virtual_memory().available
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return free if limit == "max" else min(free, int(limit) - used)
-    except (OSError, ValueError):
+        limit = (group / "memory.max").read_text().strip()
+        if limit == "max":
+            return free
+        used = int((group / "memory.current").read_text())
+        # files that were read are counted as used, and are given up when a program asks for memory
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= int(counts["inactive_file"]) + int(counts["active_file"])
+        return min(free, int(limit) - used)
+    except (OSError, ValueError, KeyError):
         return free
 
 
@@ -228,7 +263,8 @@ class CheckpointMixin:
     """
 
     config_class = None
-    tied_weights = ()  # names that a checkpoint may leave out, for they are other weights again
+    checkpoint_prefix = ""  # of this layer's names in a checkpoint
+    tied_weights = ()  # names that a checkpoint may hold, and that are not this layer's or not its own
 
     @classmethod
     def from_pretrained(cls, name_or_path, dtype="float32", config=None, progress=True, **overrides):
@@ -303,28 +339,33 @@ class CheckpointMixin:
         names = [SINGLE_NAME]
         if len(shards) > 1:
             names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        total = 0
-        for file_name, shard in zip(names, shards, strict=True):
-            arrays = {name: _to_array(state[name]) for name in shard}
-            total += sum(a.nbytes for a in arrays.values())
-            with replacing(directory / file_name) as temporary:
-                save_file(arrays, temporary, {"format": "pt"})
-        if len(shards) > 1:
-            weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_atomically(directory / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
-            names = [*names, INDEX_NAME]
+        dtype = str(next(iter(self.parameters())).dtype).removeprefix("paddle.")
+        values = {"architectures": [type(self).__name__], **self.config.to_dict(), "torch_dtype": dtype}
+        config = type(self.config)(**values).to_json_string()
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        with contextlib.ExitStack() as stack:  # every file takes its place at the end, when all are whole
+            _write_text(stack, directory / CONFIG_NAME, config)
+            if len(shards) > 1:
+                total = sum(t.element_size() * math.prod(t.shape) for t in state.values())
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                _write_text(stack, directory / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
+            for file, shard in zip(names, shards, strict=True):
+                arrays = {name: _to_array(state[name]) for name in shard}
+                save_file(arrays, stack.enter_context(replacing(directory / file)), {"format": "pt"})
+        names += [INDEX_NAME] if len(shards) > 1 else []
         for path in directory.iterdir():  # what an earlier save left would be read in place of this one
             is_weights = path.name in (SINGLE_NAME, INDEX_NAME) or SHARD_PATTERN.fullmatch(path.name)
             if is_weights and path.name not in names:
                 path.unlink()
-        dtype = str(next(iter(self.parameters())).dtype).removeprefix("paddle.")
-        values = {"architectures": [type(self).__name__], **self.config.to_dict(), "torch_dtype": dtype}
-        type(self.config)(**values).save_pretrained(directory)
 
     def _checkpoint_state(self):
         """{checkpoint name: parameter or buffer}"""
-        return {name: tensor for name, tensor in self.state_dict().items() if name not in self.tied_weights}
+        state = {self.checkpoint_prefix + name: tensor for name, tensor in self.state_dict().items()}
+        return {name: tensor for name, tensor in state.items() if name not in self.tied_weights}
+
+
+def _write_text(stack, path, text):
+    Path(stack.enter_context(replacing(path))).write_text(text, encoding="utf-8")
 
 
 def _check_names_and_shapes(name_or_path, state, weights, optional):
@@ -337,6 +378,8 @@ def _check_names_and_shapes(name_or_path, state, weights, optional):
     if extra := weights.keys() - state.keys() - set(optional):
         raise InputError(f"{name_or_path} has {some(extra)} too many: its weights are not those of its config.json")
     for name, tensor in state.items():
+        if tensor.is_floating_point() and weights[name].dtypes[name] == "I64":
+            raise InputError(f"{weights[name].path}: tensor {name} holds integers, numbers with a fraction are needed")
         expected, found = list(tensor.shape), list(weights[name].shapes[name])
         if found != expected:
             raise InputError(

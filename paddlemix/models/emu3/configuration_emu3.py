@@ -6,13 +6,12 @@ written back with the very keys it came with.
 """
 
 import json
+import math
 from pathlib import Path
 
 from paddlemix.utils import InputError, write_atomically
 
-from .checkpoint import fetch
-
-CONFIG_NAME = "config.json"
+from .checkpoint import CONFIG_NAME, fetch
 
 
 class _Config:
@@ -25,25 +24,47 @@ class _Config:
                 f"the config is of a {model_type!r} model, {type(self).__name__} takes {self.model_type!r}: "
                 "check that the path is that of the right checkpoint"
             )
+        for name, value in values.items():
+            self._check_type(name, value)
         self.__dict__.update(values)
         self._validate()
+
+    def _check_type(self, name, value):
+        """A value must be of its default's type; a key without a default can be anything."""
+        default = getattr(type(self), name, None)
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        accepted = {
+            bool: ("true or false", isinstance(value, bool)),
+            int: ("an integer", is_integer),
+            float: ("a finite number", (is_integer or isinstance(value, float)) and math.isfinite(value)),
+            tuple: ("a list of integers", isinstance(value, (list, tuple)) and all(type(v) is int for v in value)),
+        }
+        words, is_accepted = accepted.get(type(default), ("called something else", not callable(default)))
+        if not is_accepted:
+            raise InputError(f"config: {name} must be {words}, got {value!r}")
 
     def _validate(self):
         """Raise InputError for values that the model cannot be built from."""
 
-    def _require_positive(self, *names):
+    def _require(self, condition, words, *names):
         for name in names:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"config: {name} must be a positive integer, got {value!r}")
+            if not condition(value):
+                raise InputError(f"config: {name} must be {words}, got {value!r}")
+
+    def _require_positive(self, *names):
+        self._require(lambda value: value > 0, "above 0", *names)
+
+    def _require_probability(self, name):
+        self._require(lambda value: 0 <= value < 1, "0 or more and below 1", name)
 
     @classmethod
     def from_pretrained(cls, name_or_path, **overrides):
         """Read config.json of a directory or a hub name. Overrides win over the file."""
         path = fetch(name_or_path, [CONFIG_NAME]) / CONFIG_NAME
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not valid JSON ({error}): download it again") from None
         if not isinstance(values, dict):
             raise InputError(f"{path} must hold one JSON object, it holds a {type(values).__name__}")
@@ -110,13 +131,17 @@ class Emu3Config(_Config):
     def head_dim(self):
         return self.hidden_size // self.num_attention_heads
 
+    def __init__(self, **values):
+        if values.get("num_key_value_heads", 0) is None:  # null means that there are no groups
+            values["num_key_value_heads"] = values.get("num_attention_heads", self.num_attention_heads)
+        super().__init__(**values)
+
     def _validate(self):
-        if self.num_key_value_heads is None:  # older files leave it out where there are no groups
-            self.num_key_value_heads = self.num_attention_heads
         self._require_positive(
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "max_position_embeddings",
+            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta",
         )  # fmt: skip
+        self._require_probability("attention_dropout")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise InputError(
                 f"config: hidden_size {self.hidden_size} must be an even multiple of "
@@ -176,11 +201,11 @@ class Emu3VisionVQConfig(_Config):
             "codebook_size", "embed_dim", "z_channels", "in_channels", "out_channels",
             "temporal_downsample_factor", "ch", "num_res_blocks",
         )  # fmt: skip
-        if self.double_z:
-            raise InputError("config: double_z must be false, the released quantizer has no use for it")
-        if self.ch % 32:
-            raise InputError(f"config: ch must be a multiple of 32, the groups of its norms, got {self.ch}")
-        if self.temporal_downsample_factor & (self.temporal_downsample_factor - 1):
-            raise InputError(
-                f"config: temporal_downsample_factor must be a power of 2, got {self.temporal_downsample_factor}"
-            )
+        self._require_probability("dropout")
+        self._require(lambda ch: ch % 32 == 0, "a multiple of 32, the groups of its norms", "ch")
+        self._require(lambda mult: mult and min(mult) > 0, "a list of positive integers", "ch_mult")
+        self._require(lambda factor: factor & (factor - 1) == 0, "a power of 2", "temporal_downsample_factor")
+        self._require(lambda double: not double, "false: the quantizer has no use for it", "double_z")
+        self._require(
+            lambda z: z == self.embed_dim, f"embed_dim, {self.embed_dim}: the decoder joins both", "z_channels"
+        )

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The language model: token ids to logits. One causal Transformer, one attention, one KV cache.
+"""The language model: token ids to logits. One causal Transformer; its attention is in attention.py.
 
 A Llama-style decoder (Emu3: arXiv 2409.18869, section 2.3): RMSNorm before each block, rotary positions,
 grouped-query attention, SwiGLU. Parameter names are the released checkpoint's.
@@ -10,136 +10,15 @@ import math
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
-from paddle.nn.functional.flash_attention import flash_attention
+from paddle.distributed.fleet.utils import recompute
 from paddlenlp.generation import GenerationConfig, GenerationMixin
 from paddlenlp.transformers.model_outputs import CausalLMOutputWithPast
 
 from paddlemix.utils import InputError
 
-from .checkpoint import CheckpointMixin, require_memory
+from .attention import KVCache, allowed_keys, attend, count_positions, rotary_cos_sin, rotate
+from .checkpoint import CheckpointMixin
 from .configuration_emu3 import Emu3Config
-
-QUERY_CHUNK = 512  # queries a time of the plain attention: never a whole [length, length] matrix
-
-
-class KVCache:
-    """Keys and values of every layer, of fixed size, written in place. `length` tokens are in it."""
-
-    def __init__(self, config, batch_size, max_length, dtype="float32"):
-        shape = [batch_size, max_length, config.num_key_value_heads, config.head_dim]
-        itemsize = 4 if dtype in ("float32", paddle.float32) else 2
-        require_memory(
-            2 * config.num_hidden_layers * math.prod(shape) * itemsize,
-            f"for the keys and values of {batch_size * max_length} tokens",
-        )
-        self.keys = [paddle.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [paddle.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.length = 0
-
-    @property
-    def max_length(self):
-        return self.keys[0].shape[1]
-
-    def write(self, layer, key, value):
-        """Append keys and values [batch, new, kv_heads, head_dim]; give all so far [batch, length + new, ...]."""
-        end = self.length + key.shape[1]
-        self.keys[layer][:, self.length : end] = key
-        self.values[layer][:, self.length : end] = value
-        return self.keys[layer][:, :end], self.values[layer][:, :end]
-
-    def map(self, function):
-        """A cache of the tensors that `function` makes of this one's."""
-        other = object.__new__(KVCache)
-        other.keys, other.values = [function(k) for k in self.keys], [function(v) for v in self.values]
-        other.length = self.length
-        return other
-
-
-def rotary_cos_sin(config, position_ids, length):
-    """Cosines and sines of the rotary positions (Su et al., arXiv 2104.09864), float32 [B, new, 1, head_dim].
-
-    `length` tokens in all decide the base of the dynamic (NTK-aware) scaling.
-    """
-    base, dim = config.rope_theta, config.head_dim
-    scaling = config.rope_scaling or {}
-    positions = position_ids.astype("float32")
-    if scaling.get("type") == "linear":
-        positions = positions / scaling["factor"]
-    elif scaling.get("type") == "dynamic" and length > config.max_position_embeddings:
-        stretch = scaling["factor"] * length / config.max_position_embeddings - (scaling["factor"] - 1)
-        base = base * stretch ** (dim / (dim - 2))
-    inverse = 1.0 / paddle.pow(paddle.to_tensor(base, "float32"), paddle.arange(0, dim, 2, dtype="float32") / dim)
-    angles = positions.unsqueeze(-1) * inverse
-    angles = paddle.concat([angles, angles], axis=-1).unsqueeze(2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn pairs (i, i + head_dim / 2) of x [batch, new, heads, head_dim] by their angles."""
-    first, second = x.chunk(2, axis=-1)
-    return x * cos.astype(x.dtype) + paddle.concat([-second, first], axis=-1) * sin.astype(x.dtype)
-
-
-def attend(query, key, value, allowed=None, dropout=0.0):
-    """Causal grouped-query attention; the last query sees the last key.
-
-    Args:
-        query: [batch, new, heads, head_dim]
-        key, value: [batch, length, kv_heads, head_dim], length >= new
-        allowed: bool [batch, length], False at keys that nobody may see; None where all may be seen.
-        dropout: of the attention probabilities.
-
-    Returns:
-        [batch, new, heads * head_dim]
-    """
-    batch, new, heads, head_dim = query.shape
-    length, kv_heads = key.shape[1:3]
-    if allowed is None and new in (1, length) and _has_flash_attention(query):
-        out, _ = flash_attention(query, key, value, dropout=dropout, causal=new > 1, training=dropout > 0)
-        return out.reshape([batch, new, heads * head_dim])
-
-    # queries that share a key head stand side by side, so that a key is read once for all of them
-    query = query.reshape([batch, new, kv_heads, heads // kv_heads, head_dim]).transpose([0, 2, 3, 1, 4])
-    key, value = key.transpose([0, 2, 1, 3]), value.transpose([0, 2, 1, 3])
-    out = [
-        _attend_chunk(query[:, :, :, start : start + QUERY_CHUNK], key, value, length - new + start, allowed, dropout)
-        for start in range(0, new, QUERY_CHUNK)
-    ]
-    out = out[0] if len(out) == 1 else paddle.concat(out, axis=3)
-    return out.transpose([0, 3, 1, 2, 4]).reshape([batch, new, heads * head_dim])
-
-
-def _attend_chunk(query, key, value, past, allowed, dropout):
-    """query [batch, kv_heads, group, new, head_dim] at positions from `past` on, key and value [batch, kv_heads,
-    length, head_dim]"""
-    batch, kv_heads, group, new, head_dim = query.shape
-    length = past + new  # later keys are nobody's in this chunk
-    key, value = key[:, :, :length], value[:, :, :length]
-    query = query.reshape([batch, kv_heads, group * new, head_dim]) / math.sqrt(head_dim)
-    scores = paddle.matmul(query, key, transpose_y=True)
-    scores = scores.astype("float32").reshape([batch, kv_heads, group, new, length])
-    visible = _visible(new, length, None if allowed is None else allowed[:, :length])
-    if visible is not None:  # a finite number: where a query sees nothing, it must not make NaN
-        scores = paddle.where(visible, scores, -1e30)
-    weights = F.dropout(F.softmax(scores, axis=-1), dropout, training=dropout > 0).astype(value.dtype)
-    out = paddle.matmul(weights.reshape([batch, kv_heads, group * new, length]), value)
-    return out.reshape([batch, kv_heads, group, new, head_dim])
-
-
-def _visible(new, length, allowed):
-    """Which keys the last `new` queries may see, bool [batch or 1, 1, 1, new, length]; None where all see all."""
-    if new == 1 and allowed is None:
-        return None
-    visible = paddle.arange(length) <= paddle.arange(length - new, length).unsqueeze(-1)
-    visible = visible.reshape([1, 1, 1, new, length])
-    return visible if allowed is None else paddle.logical_and(visible, allowed.reshape([-1, 1, 1, 1, length]))
-
-
-def _has_flash_attention(query):
-    """Flash attention 2 takes 16 bits, heads of at most 256, and a card of compute capability 8.0 or more."""
-    if not query.place.is_gpu_place() or query.dtype not in (paddle.float16, paddle.bfloat16):
-        return False
-    return query.shape[-1] <= 256 and paddle.device.cuda.get_device_capability()[0] >= 8
 
 
 def linear(x, weight):
@@ -220,9 +99,14 @@ class Emu3DecoderLayer(nn.Layer):
 
 
 class Emu3Model(CheckpointMixin, nn.Layer):
-    """The Transformer without its head: token ids to hidden states."""
+    """The Transformer without its head: token ids to hidden states.
+
+    It loads from a checkpoint of the whole model, and saves under the same names.
+    """
 
     config_class = Emu3Config
+    checkpoint_prefix = "model."
+    tied_weights = ("lm_head.weight",)
 
     def __init__(self, config):
         super().__init__()
@@ -241,58 +125,38 @@ class Emu3Model(CheckpointMixin, nn.Layer):
 
         Args:
             input_ids: int64 [batch, new]; or inputs_embeds [batch, new, hidden_size] in their place.
-            attention_mask: [batch, length] with 0 at padding, length counting the cached tokens too; or
-                PaddleNLP's additive [batch, 1, 1 or new, length] with 0 where a token may be seen.
+            attention_mask: [batch, length] with 0 at padding, length counting the cached tokens too; or four axes,
+                as attention.allowed_keys takes them.
             position_ids: int64 [batch, new]. Left out, they count the tokens that are not padding.
             past_key_values: a KVCache, which the new tokens are added to.
 
         Returns:
             [batch, new, hidden_size]
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise InputError("give input_ids or inputs_embeds, one of the two")
+        batch, new = _input_shape(input_ids, inputs_embeds)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, new = x.shape[:2]
         past = 0 if past_key_values is None else past_key_values.length
         length = past + new
         if past_key_values is not None and length > past_key_values.max_length:
             raise InputError(
                 f"{length} tokens do not fit a cache of {past_key_values.max_length}: make a larger KVCache"
             )
-        allowed = _allowed_keys(attention_mask, batch, length)
+        allowed = allowed_keys(attention_mask, batch, new, length)
+        if past == 0 and allowed is not None and bool(allowed.all()):
+            allowed = None  # nothing is masked: the causal mask alone can take flash attention
         if position_ids is None:
-            position_ids = _positions(allowed, past, length, batch)
+            position_ids = count_positions(allowed, past, length, batch)
+        elif list(position_ids.shape) not in ([batch, new], [1, new]):
+            raise InputError(f"position_ids must be [{batch}, {new}], got {list(position_ids.shape)}")
         cos, sin = rotary_cos_sin(self.config, position_ids, length)
         for layer in self.layers:
             if self.enable_recompute and self.training and past_key_values is None:
-                x = paddle.distributed.fleet.utils.recompute(layer, x, cos, sin, allowed)
+                x = recompute(layer, x, cos, sin, allowed, use_reentrant=False)  # reentrant, it skips frozen inputs
             else:
                 x = layer(x, cos, sin, allowed, past_key_values)
         if past_key_values is not None:
             past_key_values.length = length
         return self.norm(x)
-
-
-def _allowed_keys(attention_mask, batch, length):
-    """bool [batch, length], or None where nothing is masked."""
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim == 4:  # PaddleNLP's additive mask: the last query's row tells the padding
-        attention_mask = attention_mask[:, 0, -1] > -1.0
-    allowed = attention_mask.astype("bool")
-    if allowed.shape != [batch, length]:
-        raise InputError(
-            f"attention_mask must be [batch, cached + new tokens] = [{batch}, {length}], got {list(allowed.shape)}"
-        )
-    return allowed
-
-
-def _positions(allowed, past, length, batch):
-    """Positions of the new tokens: their number among the tokens that are not padding, and 1 at padding."""
-    if allowed is None:
-        return paddle.arange(past, length).unsqueeze(0).expand([batch, -1])
-    positions = allowed.astype("int64").cumsum(axis=-1) - 1
-    return paddle.where(allowed, positions, paddle.ones_like(positions))[:, past:]
 
 
 class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
@@ -327,7 +191,10 @@ class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
         """Recompute each layer's activations in the backward pass, to train in less memory."""
         self.model.enable_recompute = True
 
-    recompute_enable = gradient_checkpointing_enable  # PaddleNLP's name
+    def gradient_checkpointing_disable(self):
+        self.model.enable_recompute = False
+
+    recompute_enable, recompute_disable = gradient_checkpointing_enable, gradient_checkpointing_disable  # PaddleNLP's
 
     def make_cache(self, batch_size, max_length):
         """An empty KVCache for `max_length` tokens in this model's dtype."""
@@ -348,25 +215,32 @@ class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
         """Logits, and the loss where labels are given.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: as Emu3Model takes them.
+            input_ids, attention_mask, position_ids, inputs_embeds: as Emu3Model takes them.
             labels: int64 [batch, new]; position i is predicted from the tokens before it; -100 is left out.
-            use_cache: make a cache where none is given, and give it back (config.use_cache if None, but not
-                in training).
+            past_key_values: a KVCache with the tokens before these; if it is too small, a larger copy is given back.
+            use_cache: give the cache back, a new one where none is given (config.use_cache if None, but not in
+                training).
             logits_to_keep: compute logits only for so many last positions; 0 for all.
             return_dict: False gives a plain tuple of what is not None.
 
         Returns:
             loss (float32, mean over labels that count), logits [batch, positions, vocab_size], past_key_values.
         """
+        input_shape = _input_shape(input_ids, inputs_embeds)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        if use_cache and past_key_values is None:
-            batch, new = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-            past_key_values = self.make_cache(batch, new)
+        if labels is not None and (logits_to_keep or labels.shape != input_shape):
+            raise InputError(f"labels must be {input_shape}, as the tokens, and take the logits of all of them")
+        if past_key_values is not None:
+            past_key_values = past_key_values.with_room(past_key_values.length + input_shape[1])
+        elif use_cache:
+            past_key_values = self.make_cache(*input_shape)
         hidden_states = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         logits = self.lm_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
         loss = None if labels is None else _next_token_loss(logits, labels)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None
+        )
         return output if return_dict else output.to_tuple()
 
     # --- what PaddleNLP's generate calls
@@ -374,12 +248,15 @@ class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, use_cache=True, **kwargs
     ):
+        if kwargs.get("inputs_embeds") is not None:
+            raise InputError("generate takes input_ids and no inputs_embeds: pictures are token ids, too")
         past = 0
         if use_cache:
-            past_key_values = self._cache_with_room(past_key_values, *input_ids.shape)
+            past_key_values = past_key_values or self.make_cache(input_ids.shape[0], input_ids.shape[1] + 64)
             past = past_key_values.length
-        if attention_mask is not None and attention_mask.ndim == 4:
-            attention_mask = attention_mask[:, 0, -1] > -1.0
+        if attention_mask is not None:
+            attention_mask = _padding_mask(attention_mask)
+            attention_mask = None if bool(attention_mask.all()) else attention_mask
         return {
             "input_ids": input_ids[:, past:],
             "attention_mask": attention_mask,
@@ -389,22 +266,12 @@ class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
             "logits_to_keep": 1,
         }
 
-    def _cache_with_room(self, cache, batch_size, length):
-        """`generate` does not say how far it will go: start with room for half as much again, then double."""
-        if cache is None:
-            return self.make_cache(batch_size, length + max(64, length // 2))
-        if length <= cache.max_length:
-            return cache
-        return cache.map(lambda x: paddle.concat([x, paddle.zeros_like(x)], axis=1))
-
     @staticmethod
     def update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False):
         model_kwargs["past_key_values"] = outputs.past_key_values
         mask = model_kwargs.get("attention_mask")
         if mask is not None:
-            if mask.ndim == 4:
-                mask = mask[:, 0, -1] > -1.0
-            mask = mask.astype("int64")
+            mask = _padding_mask(mask)
             model_kwargs["attention_mask"] = paddle.concat([mask, paddle.ones_like(mask[:, :1])], axis=-1)
         positions = model_kwargs.get("position_ids")
         if positions is not None:
@@ -420,6 +287,23 @@ class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
 
     def reorder_cache(self, cache, beam_idx):
         return None if cache is None else cache.map(lambda x: x.index_select(beam_idx))
+
+
+def _input_shape(input_ids, inputs_embeds):
+    """[batch, new] of the one that is given."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError("give input_ids or inputs_embeds, one of the two")
+    shape = (input_ids if inputs_embeds is None else inputs_embeds).shape
+    if len(shape) != (2 if inputs_embeds is None else 3) or 0 in shape:
+        raise InputError(f"input_ids must be [batch, new], inputs_embeds [batch, new, hidden_size], got {list(shape)}")
+    return shape[:2]
+
+
+def _padding_mask(mask):
+    """PaddleNLP's masks of four axes, too, as int64 [batch, length]: what the last token may see."""
+    length = mask.shape[-1]
+    batch, new = mask.shape[0], mask.shape[2] if mask.ndim == 4 else 1
+    return allowed_keys(mask, batch, new, length)[:, 0, -1].astype("int64")
 
 
 def _next_token_loss(logits, labels):

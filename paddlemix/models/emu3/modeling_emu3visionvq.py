@@ -64,10 +64,12 @@ class TemporalBatchNorm(nn.Layer):
         self.register_buffer("num_batches_tracked", paddle.zeros([], dtype="int64"))
 
     def forward(self, x):
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, training=self.training,
-            momentum=0.9, epsilon=1e-5, data_format="NCDHW",
+        # in float32, as the statistics are, whatever the model's dtype
+        out = F.batch_norm(
+            x.astype("float32"), self.running_mean, self.running_var, self.weight.astype("float32"),
+            self.bias.astype("float32"), training=self.training, momentum=0.9, epsilon=1e-5, data_format="NCDHW",
         )  # fmt: skip
+        return out.astype(x.dtype)
 
 
 class TemporalResnetBlock(nn.Layer):
@@ -327,9 +329,14 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
     def dtype(self):
         return self.quantize.embedding.weight.dtype
 
+    def forward(self, pixel_values):
+        """There and back: pixels [B, 3, H, W] or [B, T, 3, H, W] -> pixels of the same shape."""
+        return self.decode(self.encode(pixel_values))
+
     def latents(self, pixel_values):
         """What is quantized: [B, 3, H, W] or [B, T, 3, H, W] -> [B, T / 4 (1 of a picture), h, w, embed_dim]."""
         self._check_pixels(pixel_values)
+        pixel_values = pixel_values.astype(self.dtype)
         frames = self.config.temporal_downsample_factor
         if pixel_values.ndim == 4:
             # a picture is four equal frames to the model: encode one, repeat its latent
@@ -381,14 +388,20 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
         return pixels if is_picture else pixels.reshape([*z.shape[:2], *pixels.shape[1:]])
 
     def _check_pixels(self, pixel_values):
-        shape, config = pixel_values.shape, self.config
+        config = self.config
+        if not isinstance(pixel_values, paddle.Tensor) or not pixel_values.is_floating_point():
+            kind = getattr(pixel_values, "dtype", type(pixel_values).__name__)
+            raise InputError(f"pixel_values must be a Paddle tensor of floats in [-1, 1], got {kind}")
+        shape = pixel_values.shape
+        if 0 in shape:
+            raise InputError(f"pixel_values has an axis of no elements: {list(shape)}")
         if len(shape) not in (4, 5) or shape[-3] != config.in_channels:
             raise InputError(
                 f"pixel_values must be [B, {config.in_channels}, H, W] or [B, T, {config.in_channels}, H, W], "
                 f"got {list(shape)}"
             )
         factor = self.spatial_scale_factor
-        if 0 in shape or shape[-2] % factor or shape[-1] % factor:
+        if shape[-2] % factor or shape[-1] % factor:
             raise InputError(
                 f"height and width must be multiples of {factor}, got {shape[-2]} x {shape[-1]}: "
                 "Emu3VisionVQImageProcessor resizes a picture so"
@@ -400,6 +413,9 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
             )
 
     def _check_codes(self, codes):
+        if not isinstance(codes, paddle.Tensor) or codes.dtype not in (paddle.int64, paddle.int32):
+            kind = getattr(codes, "dtype", type(codes).__name__)
+            raise InputError(f"codes must be a Paddle tensor of int64 or int32, got {kind}")
         if codes.ndim not in (3, 4) or 0 in codes.shape:
             raise InputError(f"codes must be [B, h, w] or [B, t, h, w], got {list(codes.shape)}")
         low, high = int(codes.min()), int(codes.max())
