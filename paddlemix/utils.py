@@ -41,12 +41,13 @@ class replacing:
         return self.temporary
 
     def __exit__(self, kind, error, traceback):
-        if kind is None:
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(self.temporary, 0o666 & ~umask)  # as any new file: mkstemp's is the owner's alone
-            os.replace(self.temporary, self.path)
-        else:
+        try:
+            if kind is None:
+                umask = os.umask(0)
+                os.umask(umask)
+                os.chmod(self.temporary, 0o666 & ~umask)  # as any new file: mkstemp's is the owner's alone
+                os.replace(self.temporary, self.path)
+        finally:
             Path(self.temporary).unlink(missing_ok=True)
 
 

@@ -1,9 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Fixtures that several test files use."""
 
-import importlib.util
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -12,8 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 GOLDEN = Path(__file__).parent / "golden"
-sys.path.insert(0, str(GOLDEN))
+sys.path[:0] = [str(GOLDEN), str(Path(__file__).parents[1] / "tools")]
 
+import make_demo_checkpoints
 import recipe
 
 MODELS = {  # golden name: (tag of its weights, model_type)
@@ -74,18 +73,9 @@ def language_model(language_dir):
 
 @pytest.fixture(scope="session")
 def vocabulary_dir(tmp_path_factory):
-    """A directory with the tokenizer files of the released Emu3; read it, do not write to it.
-
-    The vocabulary is Qwen's, byte for byte, and PyPI's package `dashscope` carries it.
-    """
-    dashscope = importlib.util.find_spec("dashscope")
-    if dashscope is None:
-        pytest.skip("the real vocabulary comes with dashscope: pip install dashscope==2.0.2")
+    """A directory with the tokenizer files of the released Emu3; read it, do not write to it."""
     directory = tmp_path_factory.mktemp("emu3-vocabulary")
-    shutil.copyfile(Path(dashscope.origin).parent / "resources/qwen.tiktoken", directory / "emu3.tiktoken")
-    vision = ["<|image token|>", "<|image start|>", "<|image end|>"]
-    vision += [f"<|visual token {code:06d}|>" for code in range(32768)]
-    (directory / "emu3_vision_tokens.txt").write_bytes("".join(f"{token}\n" for token in vision).encode())
+    make_demo_checkpoints.write_vocabulary(directory)
     config = {
         "added_tokens_decoder": {},
         "auto_map": {"AutoTokenizer": ["tokenization_emu3.Emu3Tokenizer", None]},

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import make_demo_checkpoints
 import numpy as np
 import pytest
 from conftest import relative_error
@@ -22,9 +23,6 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "paddlemix" / "examples" / "emu3"
-sys.path.insert(0, str(ROOT / "tools"))
-
-import make_demo_checkpoints  # noqa: E402
 
 SEE = 'autoencode.py --model_path="BAAI/Emu3-VisionTokenizer" --image_path="paddlemix/demo_images/emu3_demo.png"'
 DRAW = (
@@ -147,17 +145,89 @@ def test_ask(folder):
 
 
 @pytest.mark.parametrize("script", ["autoencode.py", "run_generation_inference.py", "run_understanding_inference.py"])
-def test_help_is_quick(script, tmp_path):
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = shell(f"{script} --help", tmp_path)
-        times.append(time.perf_counter() - start)
-        assert done.returncode == 0 and "--model_path" in done.stdout and "default: None" not in done.stdout
+def test_help_imports_nothing_large(script, tmp_path):
+    """Which makes it quick: Paddle alone takes seconds."""
+    done = shell(f"{script} --help", tmp_path)
+    assert done.returncode == 0 and "--model_path" in done.stdout and "default: None" not in done.stdout
     imported = subprocess.run(
         [sys.executable, "-X", "importtime", EXAMPLES / script, "--help"], capture_output=True, text=True, check=True
     ).stderr
     assert not re.search(r"\| +(paddle|numpy|PIL|paddlenlp|tqdm)$", imported, re.MULTILINE)
+
+
+def test_the_three_lines_from_the_hub_cache(folder, checkpoints):
+    """As after a download, without a network."""
+    (folder / "BAAI").unlink()
+    for name in make_demo_checkpoints.CHECKPOINTS:
+        home, commit = folder / "hf" / "hub" / f"models--BAAI--{name}", "0" * 40
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text(commit)
+        (home / "snapshots").mkdir()
+        (home / "snapshots" / commit).symlink_to(checkpoints / name)
+    env = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    for line in (SEE, DRAW.replace("720", "16"), ASK.replace("512", "3")):
+        done = shell(line, folder, **env)
+        assert done.returncode == 0 and "Fetching" not in done.stderr, done.stderr
+
+
+def test_nobody_reads_on(folder):
+    """| head -1 costs no picture and gives no message of Python's."""
+    done = shell(DRAW.replace("720", "16").replace("bfloat16", "float32") + " | head -1", folder, PYTHONUNBUFFERED="1")
+    assert done.stdout.startswith("drawing 16 x 16 pixels") and done.stderr == ""
+    assert Image.open(folder / "result_0.png").size == (16, 16)
+    done = shell(ASK.replace("512", "40").replace("bfloat16", "float32") + " | true", folder)
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
+def test_a_terminal_that_is_not_utf_8(folder):
+    done = shell(ASK.replace("512", "20").replace("bfloat16", "float32"), folder, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "?" in done.stdout
+
+
+@pytest.mark.parametrize("seconds", [1.0, 2.0, 3.5])
+def test_ctrl_c_while_loading(folder, seconds):
+    process = subprocess.Popen(
+        f"exec {sys.executable} {EXAMPLES}/{ASK}", shell=True, cwd=folder, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
+
+
+def test_being_ended_prints_nothing(folder):
+    process = subprocess.Popen(
+        f"exec {sys.executable} {EXAMPLES}/{DRAW} --seed=1", shell=True, cwd=folder, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.readline()
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM and len(err.splitlines()) == 1 and err.startswith("note:")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot bind a process to a core")
+def test_all_cores_given_are_used(monkeypatch):
+    from paddlemix.examples.emu3 import common
+
+    given = os.sched_getaffinity(0)
+    assert 1 <= common.available_cores() <= len(given)
+    os.sched_setaffinity(0, {min(given)})
+    try:
+        assert common.available_cores() == 1
+    finally:
+        os.sched_setaffinity(0, given)
+    import paddle
+
+    threads = []
+    monkeypatch.setattr(paddle.base.core, "set_num_threads", threads.append)
+    args = common.make_parser("").parse_args([])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    common._start_paddle(args)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the user's own choice
+    common._start_paddle(args)
+    assert threads == [common.available_cores()]
 
 
 def test_ctrl_c_leaves_nothing_half_written(folder):
@@ -248,6 +318,7 @@ def test_questions_in_a_batch_are_those_alone(command, folder):
     alone = []
     for picture, question in (("a.png", "what?"), ("b.png", "why?")):
         alone.append(ask(command, "--image_path", picture, "--question", question, "--max_new_tokens=5")[1])
+    assert alone[0] != alone[1]
     assert out == f"a.png: what?\n{alone[0]}b.png: why?\n{alone[1]}"
 
 
@@ -304,6 +375,11 @@ def picture_file(folder, kind):
         Image.new("RGB", (64, 7)).save(path)
     elif kind == "missing":
         path.unlink()
+    elif kind == "bomb":
+        Image.new("1", (20_000, 10_000)).save(path)
+    elif kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
     return path
 
 
@@ -312,13 +388,11 @@ def picture_file(folder, kind):
     ("kind", "words"),
     [
         ("missing", "no such file"), ("text", "not a picture"), ("truncated", "cut short"),
-        ("narrow", "5 times"), ("small", "at least 8 pixels"), ("bomb", "too large"),
+        ("narrow", "5 times"), ("small", "at least 8 pixels"), ("bomb", "too large"), ("pipe", "a pipe or a device"),
     ],
 )  # fmt: skip
-def test_bad_pictures(command, folder, monkeypatch, caller, kind, words):
-    if kind == "bomb":
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    refused(caller(command, "--image_path", picture_file(folder, kind)), folder, words)
+def test_bad_pictures(command, folder, caller, kind, words):
+    refused(caller(command, "--image_path", picture_file(folder, kind)), folder, words, "picture.png")
 
 
 @pytest.mark.parametrize(
@@ -334,6 +408,12 @@ def test_bad_pictures(command, folder, monkeypatch, caller, kind, words):
         (["--top_p=2"], "top_p"),
         (["--top_k=-1"], "top_k"),
         (["--seed=-1"], "seed"),
+        (["--guidance_scale=nan"], "guidance_scale"),
+        (["--guidance_scale=inf"], "guidance_scale"),
+        (["--prompt=bad \udcff byte"], "not UTF-8"),
+        (["--stats_json=."], "is no file"),
+        (["--stats_json=/dev/null"], "is no file"),
+        (["--model_path=a/b--c"], "no name that the hub can have"),
         (["--model_path=nowhere/at/all"], "directory that exists"),
         (["--model_path=BAAI/Emu3-VisionTokenizer"], "emu3.tiktoken"),
         (["--vq_model_path=BAAI/Emu3-Gen"], "preprocessor_config.json"),
@@ -354,6 +434,32 @@ def test_argparse_errors_exit_with_2_too(command, folder):
 def test_questions_and_pictures_must_pair(command, folder):
     refused(ask(command, "--image_path", "a", "b", "--question", "1", "2", "3"), folder, "2 and 3")
     refused(ask(command, "--chat_template", "no slots"), folder, "chat template must hold")
+    refused(ask(command, "--max_new_tokens=0"), folder, "--max_new_tokens")
+
+
+def test_small_mistakes_are_told_before_anything_is_loaded(command, folder):
+    (folder / "BAAI").unlink()
+    refused(draw(command, "--ratio=0:1"), folder, "'0:1'")
+    refused(draw(command, "--guidance_scale=nan"), folder, "guidance_scale")
+    refused(ask(command, "--chat_template=x"), folder, "chat template")
+
+
+def test_frames_of_different_sizes(command, folder):
+    (folder / "frames").mkdir()
+    for i in range(4):
+        Image.new("RGB", (64, 64 + 8 * (i == 2))).save(folder / "frames" / f"{i}.png")
+    refused(see(command, "--video_path", "frames"), folder, "64x64, 64x72")
+    Image.new("RGB", (64, 4)).save(folder / "frames" / "2.png")
+    refused(see(command, "--video_path", "frames"), folder, "2.png", "too small")
+
+
+def test_a_picture_that_memory_does_not_hold(command, folder, checkpoints, monkeypatch):
+    shutil.copytree(checkpoints / "Emu3-VisionTokenizer", folder / "large")
+    path = folder / "large" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "min_pixels": 4096**2, "max_pixels": 5000**2}))
+    free = 10**9
+    monkeypatch.setattr("paddlemix.models.emu3.checkpoint.available_memory", lambda: free)
+    refused(command("autoencode.py", "--model_path=large"), folder, "GB of memory for", "pixels at once")
 
 
 def test_output_folders_that_cannot_be(command, folder):
@@ -387,7 +493,8 @@ def test_a_full_disk(command, folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    refused(see(command), folder, "No space left on device")
+    refused(see(command), folder, "cannot write recon_image.png", "No space left on device", "--output_dir")
+    assert [p.name for p in folder.iterdir()] == ["BAAI"]
 
 
 def test_results_equal_the_library(command, folder, checkpoints):

@@ -82,6 +82,8 @@ def test_rope_scaling_refused(rope_scaling):
     ("values", "words"),
     [
         ({"hidden_size": 0}, "hidden_size must be above 0"),
+        ({"hidden_size": 10**13}, "hidden_size must be above 0"),
+        ({"initializer_range": None}, "initializer_range must be a finite number"),
         ({"hidden_size": "4096"}, "hidden_size must be an integer"),
         ({"use_cache": "false"}, "use_cache must be true or false"),
         ({"eos_token_id": [3, 202]}, "eos_token_id must be an integer"),

@@ -13,8 +13,6 @@ import sys
 import warnings
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 VISION_CONFIG = {
     "architectures": ["Emu3VisionVQModel"],
     "model_type": "Emu3VisionVQ",
@@ -66,6 +64,7 @@ def write_vocabulary(directory):
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # this checkout's paddlemix, installed or not
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", help="where the checkpoints go, a folder each")
     directory = Path(parser.parse_args().directory)

@@ -13,6 +13,12 @@ CHAT_TEMPLATE = "You are a helpful assistant. USER: {image_prompt}{text_prompt}.
 IMAGE_SLOT, TEXT_SLOT = "{image_prompt}", "{text_prompt}"
 
 
+def check_chat_template(template):
+    """InputError where a template does not hold {image_prompt} and {text_prompt} once each."""
+    if template.count(IMAGE_SLOT) != 1 or template.count(TEXT_SLOT) != 1:
+        raise InputError(f"a chat template must hold {IMAGE_SLOT} and {TEXT_SLOT} once each, got {template!r}")
+
+
 def generate_size(ratio, image_area, factor=8):
     """Codes (h, w) of the picture of an aspect ratio "width:height" nearest to `image_area` pixels.
 
@@ -58,8 +64,7 @@ class Emu3Processor:
     """
 
     def __init__(self, image_processor, vision_tokenizer, tokenizer, chat_template=CHAT_TEMPLATE):
-        if chat_template.count(IMAGE_SLOT) != 1 or chat_template.count(TEXT_SLOT) != 1:
-            raise InputError(f"a chat template must hold {IMAGE_SLOT} and {TEXT_SLOT} once each, got {chat_template!r}")
+        check_chat_template(chat_template)
         self.image_processor = image_processor
         self.vision_tokenizer = vision_tokenizer
         self.tokenizer = tokenizer

@@ -73,6 +73,8 @@ def load_image(path):
         raise InputError(f"{path}: there is no such file")
     if os.path.isdir(path):
         raise InputError(f"{path}: this is a directory; give the path of one picture in it")
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: this is a pipe or a device; give the path of a picture's file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # damaged metadata: of no interest here

@@ -6,32 +6,36 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])  # this checkout's paddlemix, installed or not
 
-from paddlemix.examples.emu3.common import (  # noqa: E402
+from paddlemix.examples.emu3.common import (
+    Loading,
     Stopwatch,
-    find_file,
     frame_paths,
+    load_pictures,
     make_parser,
     progress_bar,
     run,
     save_picture,
+    say,
     side_by_side,
     write_stats,
     wrote,
-)  # fmt: skip
+)
+
+DEMO_IMAGE = "paddlemix/demo_images/emu3_demo.png"
 
 
 def main(args):
     from paddlemix.models.emu3 import Emu3VisionVQModel
-    from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor, load_image
+    from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor
 
-    frames = [load_image(path) for path in frame_paths(args.video_path)] if args.video_path else []
-    with Stopwatch() as load:
+    with Loading() as load:
         processor = Emu3VisionVQImageProcessor.from_pretrained(args.model_path)
+        frames = load_pictures(frame_paths(args.video_path), processor) if args.video_path else []
         jobs = {}
         if args.image_path or not frames:
-            jobs["recon_image"] = processor(load_image(find_file(args.image_path or args.demo_image)))["pixel_values"]
+            jobs["recon_image"] = processor(load_pictures([args.image_path or DEMO_IMAGE], processor))["pixel_values"]
         if frames:
-            jobs["recon_video"] = processor(frames)["pixel_values"]
+            jobs["recon_video"] = video_pixels(processor, frames)
         model = Emu3VisionVQModel.from_pretrained(args.model_path)
 
     written, stats = [], {"encode_s": 0.0, "decode_s": 0.0}
@@ -46,11 +50,20 @@ def main(args):
             written += [path, path.with_stem(f"{path.stem}_compare")]
             save_picture(picture, written[-2])
             save_picture(comparison, written[-1])
-            print(f"{path.name}: {picture.width} x {picture.height} pixels, PSNR {psnr:.2f} dB")
-    seconds = sum(stats.values())
-    print(f"encoded in {stats['encode_s']:.2f} s, decoded in {stats['decode_s']:.2f} s")
-    write_stats(args, **stats, seconds=seconds, load_s=load.seconds)
+            say(f"{path.name}: {picture.width} x {picture.height} pixels, PSNR {psnr:.2f} dB")
+    say(f"encoded in {stats['encode_s']:.2f} s, decoded in {stats['decode_s']:.2f} s")
+    write_stats(args, **stats, seconds=sum(stats.values()), load_s=load.seconds)
     wrote(written)
+
+
+def video_pixels(processor, frames):
+    """Frames of one size -> [T, 3, H, W]"""
+    from paddlemix.utils import InputError
+
+    sizes = sorted({f"{frame.width}x{frame.height}" for frame in frames})
+    if len(sizes) > 1:
+        raise InputError(f"--video_path holds frames of different sizes, {', '.join(sizes[:4])}: give one size")
+    return processor(frames)["pixel_values"]
 
 
 def as_clips(pixels, frames):
@@ -86,5 +99,4 @@ if __name__ == "__main__":
     parser.add_argument("--model_path", default="BAAI/Emu3-VisionTokenizer", help="a directory or a hub name")
     parser.add_argument("--image_path", help="a picture (default: the demo picture, if there is no --video_path)")
     parser.add_argument("--video_path", help="a folder of frames, pictures of one size in the order of their names")
-    parser.set_defaults(demo_image="paddlemix/demo_images/emu3_demo.png")
     run(parser, main)

@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,9 +19,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def make_parser(description):
+def make_parser(description, writes_pictures=True):
     parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--output_dir", default=".", help="where results are written")
+    if writes_pictures:
+        parser.add_argument("--output_dir", default=".", help="where results are written")
     parser.add_argument("--device", help="cpu, gpu or gpu:N (default: the GPU if Paddle has one)")
     parser.add_argument("--stats_json", metavar="FILE", help="write times, tokens and peak memory to this file")
     parser.add_argument("--verbose", action="store_true", help="show the notices of the libraries, too")
@@ -36,33 +38,96 @@ def add_dtype(parser):
 def run(parser, command):
     """Run a command. A user's mistake is one line on stderr and exit code 2; Ctrl-C exits with 130."""
     args = parser.parse_args()
+    before = signal.signal(signal.SIGINT, _leave)
     try:
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
+        _check_text(args)
         _check_outputs(args)
         _start_paddle(args)
         command(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on: not worth a message
+        _drop_stdout()
+        sys.exit(141)
     except (InputError, OSError) as error:
-        message = " ".join(str(error).split())
-        sys.exit(_say(f"error: {message}", code=2))
+        sys.exit(_complain(f"error: {' '.join(str(error).split())}", 2))
     except KeyboardInterrupt:
-        sys.exit(_say("\ninterrupted: nothing more was written", code=130))
+        sys.exit(_complain("\ninterrupted", 130))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(*signal_and_frame):
+    """Ctrl-C while libraries load, which would turn it into errors of their own, or swallow it."""
+    _complain("\ninterrupted", 130)
+    os._exit(130)
+
+
+class Loading:
+    """`with Loading() as load:` around what loads; then `load.seconds`, and Ctrl-C is a KeyboardInterrupt again."""
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception):
+        self.seconds = time.perf_counter() - self.start
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Stopwatch(Loading):
+    """`with Stopwatch() as watch:` then `watch.seconds`."""
+
+    def __exit__(self, *exception):
+        self.seconds = time.perf_counter() - self.start
 
 
 def note(text):
-    _say(f"note: {text}", code=0)
+    _complain(f"note: {text}", 0)
 
 
-def _say(text, code):
+def _complain(text, code):
     print(text, file=sys.stderr, flush=True)
     return code
 
 
+def say(text):
+    """Print a line; where nobody reads on, go on without: the pictures matter more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _drop_stdout()
+
+
+def _drop_stdout():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _check_text(args):
+    """Bytes that are not UTF-8 come as surrogates, which no tokenizer and no PNG takes."""
+    for name in ("prompt", "negative_prompt", "question", "chat_template"):
+        value = getattr(args, name, None) or ""
+        for text in [value] if isinstance(value, str) else value:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise InputError(f"--{name} {text!r} is not UTF-8: give it in UTF-8") from None
+
+
 def _check_outputs(args):
     """Hours of work must not end in a folder that cannot be written."""
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from None
-    for folder in [args.output_dir] + ([Path(args.stats_json).parent] if args.stats_json else []):
+    folders = []
+    if hasattr(args, "output_dir"):
+        try:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from None
+        folders.append(args.output_dir)
+    if args.stats_json:
+        if Path(args.stats_json).exists() and not Path(args.stats_json).is_file():
+            raise InputError(f"--stats_json {args.stats_json} is no file: give the name of one")
+        folders.append(Path(args.stats_json).parent)
+    for folder in folders:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise InputError(f"cannot write into {folder}: give a folder that exists and that you may write to")
 
@@ -75,10 +140,12 @@ def _start_paddle(args):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         os.environ.setdefault("GLOG_minloglevel", "2")
+    threads_are_chosen = "OMP_NUM_THREADS" in os.environ  # Paddle's import sets it to 1
     import paddle
 
-    if "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] == "1":
-        paddle.base.core.set_num_threads(available_cores())  # Paddle itself would use one
+    paddle.disable_signal_handler()  # it prints a C++ traceback when the process is asked to end
+    if not threads_are_chosen:
+        paddle.base.core.set_num_threads(available_cores())
     try:
         paddle.set_device(args.device or ("gpu" if paddle.device.cuda.device_count() else "cpu"))
     except (ValueError, RuntimeError):
@@ -109,37 +176,48 @@ def usable_dtype(dtype):
     return dtype
 
 
-def load_models(args):
-    """(model, image processor, vision tokenizer, tokenizer) of --model_path and --vq_model_path."""
-    from paddlemix.models.emu3 import Emu3ForCausalLM, Emu3Tokenizer, Emu3VisionVQModel
-    from paddlemix.processors import Emu3VisionVQImageProcessor
+def load_processor(args, **options):
+    """The Emu3Processor of --vq_model_path and --model_path's tokenizer; all but the large model."""
+    from paddlemix.models.emu3 import Emu3Tokenizer, Emu3VisionVQModel
+    from paddlemix.processors import Emu3Processor, Emu3VisionVQImageProcessor
 
-    tokenizer = Emu3Tokenizer.from_pretrained(args.model_path)
-    image_processor = Emu3VisionVQImageProcessor.from_pretrained(args.vq_model_path)
-    vision_tokenizer = Emu3VisionVQModel.from_pretrained(args.vq_model_path)
+    return Emu3Processor(
+        Emu3VisionVQImageProcessor.from_pretrained(args.vq_model_path),
+        Emu3VisionVQModel.from_pretrained(args.vq_model_path),
+        Emu3Tokenizer.from_pretrained(args.model_path),
+        **options,
+    )
+
+
+def load_language_model(args, tokenizer):
+    from paddlemix.models.emu3 import Emu3ForCausalLM
+
     model = Emu3ForCausalLM.from_pretrained(args.model_path, dtype=usable_dtype(args.dtype))
     if model.config.vocab_size < len(tokenizer):
         raise InputError(
             f"{args.model_path} has {len(tokenizer)} tokens and a model of {model.config.vocab_size}: "
             "the tokenizer's files are another checkpoint's"
         )
-    return model, image_processor, vision_tokenizer, tokenizer
+    return model
+
+
+def load_pictures(paths, image_processor):
+    """PIL pictures of files, each of a shape that can be encoded; InputError names the file that is not."""
+    from paddlemix.processors.image_processing_emu3 import load_image
+
+    images = []
+    for path in paths:
+        images.append(load_image(find_file(path)))
+        try:
+            image_processor(images[-1])
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+    return images
 
 
 def find_file(path):
     """`path`, or the project's own file of that name where a command runs in another folder."""
     return path if Path(path).exists() or not (ROOT / path).exists() else ROOT / path
-
-
-class Stopwatch:
-    """`with Stopwatch() as watch:` then `watch.seconds`."""
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-        return self
-
-    def __exit__(self, *exception):
-        self.seconds = time.perf_counter() - self.start
 
 
 def progress_bar(total, unit, description):
@@ -156,8 +234,11 @@ def save_picture(image, path, text=None):
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, str(value))
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+    try:
+        with replacing(path) as temporary:
+            image.save(temporary, format="PNG", pnginfo=info)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}: give another --output_dir") from None
 
 
 def side_by_side(original, picture):
@@ -174,7 +255,7 @@ def side_by_side(original, picture):
     both.paste(picture, (width + 8, line))
     draw, font = ImageDraw.Draw(both), ImageFont.load_default(14)
     draw.text((4, 3), "original", fill="black", font=font)
-    draw.text((width + 12, 3), f"PSNR {psnr:.2f} dB", fill="black", font=font)
+    draw.text((width + 12, 3), f"reconstruction, PSNR {psnr:.2f} dB", fill="black", font=font)
     return both, psnr
 
 
@@ -220,4 +301,4 @@ def peak_memory():
 
 
 def wrote(paths):
-    print("wrote " + ", ".join(map(str, paths)), flush=True)
+    say("wrote " + ", ".join(map(str, paths)))

@@ -7,40 +7,49 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])  # this checkout's paddlemix, installed or not
 
-from paddlemix.examples.emu3.common import (  # noqa: E402
+from paddlemix.examples.emu3.common import (
+    Loading,
     Stopwatch,
     add_dtype,
     free_paths,
-    load_models,
+    load_language_model,
+    load_processor,
     make_parser,
     note,
     progress_bar,
     run,
     save_picture,
+    say,
     write_stats,
     wrote,
-)  # fmt: skip
+)
 
 
 def main(args):
     from paddlemix.models.emu3 import generate_images
-    from paddlemix.models.emu3.generation_emu3 import NEGATIVE_PROMPT, POSITIVE_PROMPT, Sampling
-    from paddlemix.processors import Emu3Processor
+    from paddlemix.models.emu3.generation_emu3 import (
+        NEGATIVE_PROMPT,
+        POSITIVE_PROMPT,
+        Sampling,
+        check_guidance_scale,
+    )
 
+    check_guidance_scale(args.guidance_scale)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, new_seed() if args.seed is None else args.seed)
     prompts, ratios = one_each(args)
-    with Stopwatch() as load:
-        model, *parts = load_models(args)
-        processor = Emu3Processor(*parts)
     negative = NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt
-    size = {"ratio": ratios, "image_area": args.height * args.width}
-    positive = processor([p + POSITIVE_PROMPT for p in prompts], **size)
-    negative_ids = processor([negative] * len(prompts), **size)["input_ids"]
+    with Loading() as load:
+        processor = load_processor(args)
+        size = {"ratio": ratios, "image_area": args.height * args.width}
+        positive = processor([p + POSITIVE_PROMPT for p in prompts], **size)
+        negative_ids = processor([negative] * len(prompts), **size)["input_ids"]
+        model = load_language_model(args, processor.tokenizer)
     sizes = [tuple(s) for s in positive["image_size"]]
     for ids, ratio, s in {r: (p, r, s) for p, r, s in zip(positive["input_ids"], ratios, sizes, strict=True)}.values():
         warn_if_too_long(model.config, processor, len(ids), ratio, s)
-    drawing = ", ".join(f"{8 * w} x {8 * h}" for h, w in sizes)
-    print(f"drawing {drawing} pixels with seed {sampling.seed}", flush=True)
+    factor = processor.vision_tokenizer.spatial_scale_factor
+    drawing = ", ".join(f"{factor * w} x {factor * h}" for h, w in sizes)
+    say(f"drawing {drawing} pixels with seed {sampling.seed}")
 
     tokens = sum(processor.grammar.num_tokens(h, w) for h, w in sizes)
     with progress_bar(tokens, " tokens", "drawing") as bar, Stopwatch() as watch:
@@ -48,7 +57,6 @@ def main(args):
             model, positive["input_ids"], sizes, processor.grammar, negative_ids, args.guidance_scale, sampling,
             on_tokens=bar.update,
         )  # fmt: skip
-    print(f"{tokens} tokens in {watch.seconds:.1f} s, {tokens / watch.seconds:.1f} a second")
     paths = free_paths(args.output_dir, "result", len(sizes))
     with Stopwatch() as decode:
         for i, (path, codes) in enumerate(zip(paths, pictures.codes, strict=True)):
@@ -59,21 +67,26 @@ def main(args):
                 "vq_model_path": args.vq_model_path, "dtype": model.dtype.name.lower(),
             }  # fmt: skip
             save_picture(processor.decode_image(codes), path, settings)
+    rate = tokens / watch.seconds
+    say(f"{tokens} tokens in {watch.seconds:.1f} s, {rate:.1f} a second")
     write_stats(
-        args, tokens=tokens, seconds=watch.seconds, tokens_per_s=tokens / watch.seconds,
-        forward_passes=pictures.forward_passes, load_s=load.seconds, decode_s=decode.seconds,
+        args, tokens=tokens, seconds=watch.seconds, tokens_per_s=rate, forward_passes=pictures.forward_passes,
+        load_s=load.seconds, decode_s=decode.seconds,
     )  # fmt: skip
     wrote(paths)
 
 
 def one_each(args):
     """A prompt and a ratio for each picture: --num_images of every prompt, side by side."""
+    from paddlemix.processors.emu3_processing import generate_size
     from paddlemix.utils import InputError
 
     if args.num_images < 1:
         raise InputError(f"--num_images must be 1 or more, got {args.num_images}")
     if args.height < 1 or args.width < 1:
         raise InputError(f"--height and --width must be positive, got {args.height} and {args.width}")
+    for ratio in args.ratio or []:
+        generate_size(ratio, args.height * args.width)  # a mistake is told before anything is loaded
     common = gcd(args.width, args.height)
     ratios = args.ratio or [f"{args.width // common}:{args.height // common}"]
     if len(ratios) not in (1, len(args.prompt)):

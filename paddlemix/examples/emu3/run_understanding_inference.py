@@ -6,28 +6,31 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])  # this checkout's paddlemix, installed or not
 
-from paddlemix.examples.emu3.common import (  # noqa: E402
+from paddlemix.examples.emu3.common import (
+    Loading,
     Stopwatch,
     add_dtype,
-    find_file,
-    load_models,
+    load_language_model,
+    load_pictures,
+    load_processor,
     make_parser,
     note,
     run,
     write_stats,
-)  # fmt: skip
+)
 
 
 def main(args):
     from paddlemix.models.emu3 import generate_text
-    from paddlemix.processors import Emu3Processor
-    from paddlemix.processors.image_processing_emu3 import load_image
+    from paddlemix.processors.emu3_processing import CHAT_TEMPLATE, check_chat_template
 
     pictures, questions = pairs(args)
-    images = [load_image(find_file(path)) for path in pictures]
-    with Stopwatch() as load:
-        model, *parts = load_models(args)
-        processor = Emu3Processor(*parts, **({"chat_template": args.chat_template} if args.chat_template else {}))
+    template = args.chat_template or CHAT_TEMPLATE
+    check_chat_template(template)
+    with Loading() as load:
+        processor = load_processor(args, chat_template=template)
+        images = load_pictures(pictures, processor.image_processor)
+        model = load_language_model(args, processor.tokenizer)
     with Stopwatch() as encode:
         prompts = processor(questions, images, mode="U")["input_ids"]
     length, limit = max(map(len, prompts)) + args.max_new_tokens, model.config.max_position_embeddings
@@ -50,6 +53,8 @@ def pairs(args):
     """A question for each picture; one of either serves all of the other."""
     from paddlemix.utils import InputError
 
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max_new_tokens must be 1 or more, got {args.max_new_tokens}")
     pictures, questions = args.image_path, args.question
     if len(pictures) != len(questions) and 1 not in (len(pictures), len(questions)):
         raise InputError(f"give a --question for each picture, or one for all: {len(pictures)} and {len(questions)}")
@@ -84,7 +89,7 @@ def show(tokenizer, steps, titles):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, writes_pictures=False)
     parser.add_argument("--model_path", default="BAAI/Emu3-Chat", help="a directory or a hub name")
     parser.add_argument("--vq_model_path", default="BAAI/Emu3-VisionTokenizer", help="a directory or a hub name")
     parser.add_argument(

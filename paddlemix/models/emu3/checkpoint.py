@@ -74,7 +74,13 @@ def _refuse_pickle(name_or_path, name):
 def _fetch_from_hub(name, required, optional):
     import requests
     from huggingface_hub import configure_http_backend, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     class Session(requests.Session):  # without it a hub that does not answer is waited for without end
         def request(self, *args, timeout=None, **kwargs):
@@ -88,6 +94,8 @@ def _fetch_from_hub(name, required, optional):
             return path
     except LocalEntryNotFoundError:
         pass
+    except HFValidationError:
+        raise InputError(f"no checkpoint at {name!r}: it is no directory, and no name that the hub can have") from None
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except GatedRepoError:

@@ -53,7 +53,7 @@ class _Config:
                 raise InputError(f"config: {name} must be {words}, got {value!r}")
 
     def _require_positive(self, *names):
-        self._require(lambda value: value > 0, "above 0", *names)
+        self._require(lambda value: 0 < value < 2**31, "above 0 and below 2**31", *names)
 
     def _require_probability(self, name):
         self._require(lambda value: 0 <= value < 1, "0 or more and below 1", name)
@@ -68,7 +68,10 @@ class _Config:
             raise InputError(f"{path} is not valid JSON ({error}): download it again") from None
         if not isinstance(values, dict):
             raise InputError(f"{path} must hold one JSON object, it holds a {type(values).__name__}")
-        return cls(**{**values, **overrides})
+        try:
+            return cls(**{**values, **overrides})
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
     def save_pretrained(self, directory):
         """Write config.json: the keys that were given, sorted, as the released files have them."""

@@ -21,6 +21,11 @@ NEGATIVE_PROMPT = (
 )
 
 
+def check_guidance_scale(guidance_scale):
+    if not math.isfinite(guidance_scale):
+        raise InputError(f"guidance_scale must be a finite number, 1 for no guidance, got {guidance_scale}")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a visual token is drawn from its logits. top_k=1 is greedy; top_k=0 and top_p=1.0 leave nothing out."""
@@ -103,6 +108,7 @@ def generate_images(
     Returns:
         Pictures.
     """
+    check_guidance_scale(guidance_scale)
     sampling = sampling or Sampling()
     guided = guidance_scale != 1
     _check_prompts(prompts, sizes, negative_prompts if guided else prompts, grammar)

@@ -135,6 +135,8 @@ class Emu3Model(CheckpointMixin, nn.Layer):
         """
         batch, new = _input_shape(input_ids, inputs_embeds)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.place.is_cpu_place() and x.dtype in (paddle.float16, paddle.bfloat16):
+            raise InputError("Paddle has no 16-bit Linear on a CPU: load the model with dtype='float32'")
         past = 0 if past_key_values is None else past_key_values.length
         length = past + new
         if past_key_values is not None and length > past_key_values.max_length:
