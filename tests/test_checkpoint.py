@@ -271,11 +271,13 @@ def test_missing_extra_and_wrong_tensors_are_named(directory):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_not_finite(directory, bad):
-    def spoil(weights):
-        weights["model.layers.1.mlp.up_proj.weight"][77, 5] = bad
-
-    change(directory, spoil)
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_not_finite(directory, bad, stored):
+    weights = {name: w.astype(stored) for name, w in golden_weights("language_model").items()}
+    weights["model.layers.1.mlp.up_proj.weight"][77, 5] = bad
+    save_file(weights, directory / "model.safetensors")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        load(directory, dtype="float16")
     refuse(directory, "model.layers.1.mlp.up_proj.weight", "NaN or infinity")
 
 

@@ -160,11 +160,8 @@ class SafetensorsFile:
         step, unreleased = CHUNK_BYTES // stored.itemsize, 0
         for start in range(0, out.size, step):
             chunk = source[start : start + step]
-            self._check_finite(name, chunk)
-            with np.errstate(over="ignore"):
-                out[start : start + step] = chunk
-            if stored.itemsize > 2 and out.dtype == np.float16 and np.isinf(out[start : start + step]).any():
-                raise InputError(f"{self.path}: tensor {name} holds numbers too large for float16: take bfloat16")
+            self._check_range(name, chunk, out.dtype)
+            out[start : start + step] = chunk
             on_bytes(chunk.nbytes)
             unreleased += chunk.nbytes
             if unreleased >= RELEASE_BYTES:
@@ -173,15 +170,23 @@ class SafetensorsFile:
         self._release(self.offsets[name] + source.nbytes)
         return out.reshape(shape)
 
-    def _check_finite(self, name, chunk):
+    def _check_range(self, name, chunk, dtype):
         import numpy as np
 
-        # a sum is not finite if a summand is not; in the rare other case the summands decide
-        with np.errstate(over="ignore", invalid="ignore"):
-            if chunk.dtype.kind == "i" or np.isfinite(chunk.sum(dtype=np.float32)):
-                return
-        if not np.isfinite(chunk.astype(np.float32)).all():
+        if chunk.dtype.kind == "i":
+            return
+        if chunk.itemsize == 2 and dtype != np.float16:
+            # infinity and NaN have all bits of the exponent set
+            exponent = np.uint16(0x7C00 if chunk.dtype == np.float16 else 0x7F80)
+            is_finite, largest = not ((chunk.view(np.uint16) & exponent) == exponent).any(), 0
+        else:
+            chunk = chunk if chunk.itemsize > 2 else chunk.astype(np.float32)
+            largest = max(chunk.max(), -chunk.min())  # NaN if there is one
+            is_finite = np.isfinite(largest)
+        if not is_finite:
             raise InputError(f"{self.path}: tensor {name} holds NaN or infinity: download the file again")
+        if dtype == np.float16 and largest >= 65520:
+            raise InputError(f"{self.path}: tensor {name} holds numbers too large for float16: take bfloat16")
 
     def _release(self, end):
         if not hasattr(mmap, "MADV_DONTNEED"):  # not every system has it; memory is then freed on closing
