@@ -148,8 +148,6 @@ def _start_paddle(args):
         paddle.base.core.set_num_threads(available_cores())
     try:
         paddle.set_device(args.device or ("gpu" if paddle.device.cuda.device_count() else "cpu"))
-        if paddle.get_device() == "cpu":
-            paddle.set_flags({"FLAGS_use_stride_kernel": False})  # on a CPU its strided copies are ten times slower
     except (ValueError, RuntimeError):
         raise InputError(
             f"--device {args.device}: accepted are cpu, and gpu or gpu:N where Paddle finds a card; this Paddle is "
