@@ -20,6 +20,23 @@ class BatchFeature(dict):
             raise AttributeError(f"this batch has no {name!r}, only {sorted(self)}") from None
 
 
+def pad_rows(rows, pad, side="left", length=0):
+    """Rows of ids -> (ids, mask), int64 arrays [rows, width]: padded to the longest row, or to `length` if longer.
+
+    The mask is 1 at a row's own ids and 0 at padding.
+    """
+    import numpy as np
+
+    width = max([length, *map(len, rows)])
+    ids = np.full([len(rows), width], pad, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = 1
+    return ids, mask
+
+
 def write_atomically(path, content):
     """Write text or bytes to `path`, whole or not at all."""
     data = content.encode("utf-8") if isinstance(content, str) else content

@@ -9,7 +9,7 @@ from paddlenlp.generation import MaxLengthCriteria, StoppingCriteriaList
 from paddlenlp.generation.logits_process import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from paddlemix.models.emu3 import ImageGrammar, generate_images, generate_text
-from paddlemix.models.emu3.generation_emu3 import Sampling, pad_left
+from paddlemix.models.emu3.generation_emu3 import Sampling
 from paddlemix.models.emu3.utils_emu3 import (
     Emu3PrefixConstrainedLogitsHelper,
     EosTokenCriteria,
@@ -171,7 +171,8 @@ def test_golden_guidance_through_generate_again_and_again(language_model, use_ca
         PrefixConstrainedLogitsProcessor(helper(DATA["cfg_height"], DATA["cfg_width"]), num_beams=1),
     ]
     np.testing.assert_array_equal(generate(language_model, processors), DATA["cfg_output"])
-    prompt, mask = pad_left([[201, 5, 6, 204, 203], [201, 7, 204, 203]], 200)
+    prompt = paddle.to_tensor([[201, 5, 6, 204, 203], [200, 201, 7, 204, 203]])
+    mask = paddle.to_tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
     other = generate(language_model, processors, prompt, mask)
     assert (other[:, 5:] != DATA["cfg_output"][:, 14 : 9 + other.shape[1]]).any()
     np.testing.assert_array_equal(generate(language_model, processors), DATA["cfg_output"])

@@ -63,8 +63,8 @@ def _leave(*signal_and_frame):
     os._exit(130)
 
 
-class Loading:
-    """`with Loading() as load:` around what loads; then `load.seconds`, and Ctrl-C is a KeyboardInterrupt again."""
+class Stopwatch:
+    """`with Stopwatch() as watch:` then `watch.seconds`."""
 
     def __enter__(self):
         self.start = time.perf_counter()
@@ -72,14 +72,14 @@ class Loading:
 
     def __exit__(self, *exception):
         self.seconds = time.perf_counter() - self.start
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class Stopwatch(Loading):
-    """`with Stopwatch() as watch:` then `watch.seconds`."""
+class Loading(Stopwatch):
+    """A Stopwatch around what loads; after it Ctrl-C is a KeyboardInterrupt again."""
 
     def __exit__(self, *exception):
-        self.seconds = time.perf_counter() - self.start
+        super().__exit__()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def note(text):

@@ -118,7 +118,7 @@ def _fetch_from_hub(name, required, optional):
 
 
 class SafetensorsFile:
-    """A safetensors file, memory-mapped. `shapes` and `dtypes` by tensor name; `read` gives an array."""
+    """A safetensors file, memory-mapped. `shapes`, `dtypes`, `sizes` in bytes by tensor name; `read` gives an array."""
 
     def __init__(self, path):
         from safetensors import SafetensorError, safe_open
@@ -141,10 +141,11 @@ class SafetensorsFile:
         with open(path, "rb") as file:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         # tensors follow each other without gaps, in the order of their offsets, to the end of the file
-        self.offsets, offset = {}, 8 + int.from_bytes(self.map[:8], "little")
+        self.offsets, self.sizes, offset = {}, {}, 8 + int.from_bytes(self.map[:8], "little")
         for name in names:
             self.offsets[name] = offset
-            offset += math.prod(self.shapes[name]) * np.dtype(DTYPES[self.dtypes[name]]).itemsize
+            self.sizes[name] = math.prod(self.shapes[name]) * np.dtype(DTYPES[self.dtypes[name]]).itemsize
+            offset += self.sizes[name]
         self.released = 0
 
     def read(self, name, dtype, on_bytes=lambda n: None):
@@ -297,7 +298,7 @@ class CheckpointMixin:
         import paddle
         from tqdm import tqdm
 
-        dtype = str(dtype).removeprefix("paddle.")
+        dtype = dtype_name(dtype)
         if dtype not in MODEL_DTYPES:
             raise InputError(f"dtype must be one of {', '.join(MODEL_DTYPES)}, got {dtype!r}")
         for name in overrides:
@@ -313,14 +314,9 @@ class CheckpointMixin:
         weights = open_weights(name_or_path)
         try:
             _check_names_and_shapes(name_or_path, state, weights, model.tied_weights)
-            total = sum(
-                math.prod(file.shapes[name]) * int(re.sub(r"\D", "", file.dtypes[name])) // 8
-                for name, file in weights.items()
-            )
-            bar = tqdm(
-                total=total, unit="B", unit_scale=True, desc="loading weights", leave=False,
-                disable=None if progress else True,
-            )  # fmt: skip
+            total = sum(file.sizes[name] for name, file in weights.items())
+            disable = None if progress else True  # None shows it on a terminal alone
+            bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", leave=False, disable=disable)
             with bar:
                 # in the order of the files, so that each is read from its start to its end
                 for name in sorted(weights, key=lambda n: (str(weights[n].path), weights[n].offsets[n])):
@@ -343,23 +339,22 @@ class CheckpointMixin:
         state = self._checkpoint_state()
         shards, size = [[]], 0
         for name, tensor in state.items():
-            num_bytes = tensor.element_size() * math.prod(tensor.shape)
-            if shards[-1] and size + num_bytes > max_shard_bytes:
+            if shards[-1] and size + _num_bytes(tensor) > max_shard_bytes:
                 shards.append([])
                 size = 0
             shards[-1].append(name)
-            size += num_bytes
+            size += _num_bytes(tensor)
         names = [SINGLE_NAME]
         if len(shards) > 1:
             names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        dtype = str(next(iter(self.parameters())).dtype).removeprefix("paddle.")
+        dtype = dtype_name(next(iter(self.parameters())).dtype)
         values = {"architectures": [type(self).__name__], **self.config.to_dict(), "torch_dtype": dtype}
         config = type(self.config)(**values).to_json_string()
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         with contextlib.ExitStack() as stack:  # every file takes its place at the end, when all are whole
             _write_text(stack, directory / CONFIG_NAME, config)
             if len(shards) > 1:
-                total = sum(t.element_size() * math.prod(t.shape) for t in state.values())
+                total = sum(map(_num_bytes, state.values()))
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 _write_text(stack, directory / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
             for file, shard in zip(names, shards, strict=True):
@@ -375,6 +370,15 @@ class CheckpointMixin:
         """{checkpoint name: parameter or buffer}"""
         state = {self.checkpoint_prefix + name: tensor for name, tensor in self.state_dict().items()}
         return {name: tensor for name, tensor in state.items() if name not in self.tied_weights}
+
+
+def _num_bytes(tensor):
+    return tensor.element_size() * math.prod(tensor.shape)
+
+
+def dtype_name(dtype):
+    """The name of a Paddle dtype, such as "float32"; a name stays what it is."""
+    return str(dtype).removeprefix("paddle.")
 
 
 def _write_text(stack, path, text):
@@ -408,7 +412,7 @@ def _assign(target, file, name, dtype, on_bytes):
     import paddle
 
     if not isinstance(target, paddle.base.framework.EagerParamBase):
-        array = file.read(name, str(target.dtype).removeprefix("paddle."), on_bytes)
+        array = file.read(name, dtype_name(target.dtype), on_bytes)
         target.set_value(paddle.to_tensor(array))
         return
     array = file.read(name, np.dtype(dtype), on_bytes)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
-from paddlemix.utils import InputError
+from paddlemix.utils import InputError, pad_rows
 
 from .modeling_emu3 import linear
 
@@ -113,17 +113,15 @@ def generate_images(
     guided = guidance_scale != 1
     _check_prompts(prompts, sizes, negative_prompts if guided else prompts, grammar)
     rows = [*prompts, *negative_prompts] if guided else list(prompts)
-    input_ids, attention_mask = pad_left(rows, grammar.pad)
     images = range(len(prompts))
     steps = max(h * (w + 1) - 1 for h, w in sizes)  # what follows the last visual token is known without the model
+    input_ids, attention_mask = _pad_left(rows, grammar.pad, steps)
     cache = model.make_cache(len(rows), input_ids.shape[1] + steps)
     head = model.lm_head.weight[grammar.first_visual : grammar.first_visual + grammar.codebook_size]
 
     drawn = np.zeros([len(prompts), steps], dtype=np.int64)
-    padded = bool((attention_mask == 0).any())
     for position in range(steps):
-        mask = attention_mask if padded else None
-        hidden = model.model(input_ids, mask, past_key_values=cache)[:, -1]
+        hidden = _last_hidden(model, input_ids, attention_mask, cache)
         forced = [grammar.forced(h, w, position) for h, w in sizes]
         if None in forced:
             logits = linear(hidden, head).astype("float32")
@@ -133,7 +131,6 @@ def generate_images(
             picked = sampling.pick(logits, images, position).numpy() + grammar.first_visual
         drawn[:, position] = [picked[i] if forced[i] is None else forced[i] for i in images]
         input_ids = paddle.to_tensor(np.tile(drawn[:, position], 2 if guided else 1)).unsqueeze(1)
-        attention_mask = paddle.concat([attention_mask, paddle.ones_like(input_ids)], axis=1)
         if on_tokens:
             on_tokens(sum(position < h * (w + 1) - 1 for h, w in sizes))
     if on_tokens:
@@ -168,28 +165,29 @@ def generate_text(model, prompts, max_new_tokens=1024):
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
     config = model.config
-    input_ids, attention_mask = pad_left(prompts, config.pad_token_id)
-    padded = bool((attention_mask == 0).any())
+    input_ids, attention_mask = _pad_left(prompts, config.pad_token_id, max_new_tokens)
     cache = model.make_cache(len(prompts), input_ids.shape[1] + max_new_tokens)
     ended = np.zeros(len(prompts), dtype=bool)
     for _ in range(max_new_tokens):
-        mask = attention_mask if padded else None
-        hidden = model.model(input_ids, mask, past_key_values=cache)[:, -1]
+        hidden = _last_hidden(model, input_ids, attention_mask, cache)
         picked = model.lm_head(hidden).argmax(axis=-1).numpy()
         ended |= picked == config.eos_token_id
         yield [None if end else int(token) for token, end in zip(picked, ended, strict=True)]
         if ended.all():
             return
         input_ids = paddle.to_tensor(np.where(ended, config.pad_token_id, picked)).unsqueeze(1)
-        attention_mask = paddle.concat([attention_mask, paddle.ones_like(input_ids)], axis=1)
 
 
-def pad_left(rows, pad):
-    """Rows of ids -> (input_ids, attention_mask), int64 [batch, length], padded on the left."""
-    width = max(map(len, rows))
-    input_ids = np.full([len(rows), width], pad, dtype=np.int64)
-    attention_mask = np.zeros_like(input_ids)
-    for i, row in enumerate(rows):
-        input_ids[i, width - len(row) :] = row
-        attention_mask[i, width - len(row) :] = 1
-    return paddle.to_tensor(input_ids), paddle.to_tensor(attention_mask)
+def _pad_left(rows, pad, room):
+    """(input_ids [batch, width], attention_mask [batch, width + room] or None where no row is padded)"""
+    input_ids, mask = pad_rows(rows, pad)
+    if mask.all():
+        return paddle.to_tensor(input_ids), None
+    return paddle.to_tensor(input_ids), paddle.to_tensor(np.pad(mask, [(0, 0), (0, room)], constant_values=1))
+
+
+def _last_hidden(model, input_ids, attention_mask, cache):
+    """Hidden state of the last token, [batch, hidden_size]; the new tokens are added to the cache."""
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, : cache.length + input_ids.shape[1]]
+    return model.model(input_ids, attention_mask, past_key_values=cache)[:, -1]

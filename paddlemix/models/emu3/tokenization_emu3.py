@@ -12,10 +12,9 @@ import unicodedata
 from numbers import Integral
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 
-from paddlemix.utils import BatchFeature, InputError, write_atomically
+from paddlemix.utils import BatchFeature, InputError, pad_rows, write_atomically
 
 from .checkpoint import fetch
 
@@ -294,13 +293,7 @@ class Emu3Tokenizer:
         side = self.padding_side if padding_side is None else padding_side
         _one_of("padding_side", side, ("left", "right"))
         _one_of("return_tensors", return_tensors, (None, "np", "pd"))
-        width = max([length, *map(len, rows)])
-        input_ids = np.full([len(rows), width], self.pad_token_id, dtype="int64")
-        attention_mask = np.zeros_like(input_ids)
-        for i, row in enumerate(rows):
-            start = width - len(row) if side == "left" else 0
-            input_ids[i, start : start + len(row)] = row
-            attention_mask[i, start : start + len(row)] = 1
+        input_ids, attention_mask = pad_rows(rows, self.pad_token_id, side, length)
         if return_tensors == "pd":
             import paddle
 
