@@ -2,6 +2,7 @@
 """Fixtures that several test files use."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 GOLDEN = Path(__file__).parent / "golden"
+EXAMPLES = Path(__file__).parents[1] / "paddlemix" / "examples" / "emu3"
 sys.path[:0] = [str(GOLDEN), str(Path(__file__).parents[1] / "tools")]
 
 import make_demo_checkpoints
@@ -45,6 +47,25 @@ def write_checkpoint(directory, kind, weights=None, **config):
 
 def relative_error(a, b):
     return float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max())
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("autoencode.py", "--model_path", ...) -> (exit code, stdout, stderr), run in this process"""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        path, code = list(sys.path), 0
+        try:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            sys.path[:] = path
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,10 @@ from pathlib import Path
 import make_demo_checkpoints
 import numpy as np
 import pytest
-from conftest import relative_error
+from conftest import EXAMPLES, relative_error
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = ROOT / "paddlemix" / "examples" / "emu3"
 
 SEE = 'autoencode.py --model_path="BAAI/Emu3-VisionTokenizer" --image_path="paddlemix/demo_images/emu3_demo.png"'
 DRAW = (
@@ -63,25 +62,6 @@ def shell(line, folder, **env):
     return subprocess.run(
         line, shell=True, cwd=folder, capture_output=True, text=True, env={**os.environ, **env}, check=False
     )
-
-
-@pytest.fixture
-def command(folder, monkeypatch, capsys):
-    """command("autoencode.py", "--model_path", ...) -> (exit code, stdout, stderr)"""
-
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        path, code = list(sys.path), 0
-        try:
-            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            sys.path[:] = path
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def draw(command, *arguments, size=32):
@@ -299,6 +279,16 @@ def test_height_and_width_alone_give_the_ratio(command, folder):
     assert Image.open(folder / "result_0.png").size == (48, 24)
 
 
+def test_without_height_or_width_the_checkpoint_says_how_large(command, folder, checkpoints):
+    shutil.copytree(checkpoints / "Emu3-Gen", folder / "small")
+    config = json.loads((folder / "small" / "config.json").read_text())
+    (folder / "small" / "config.json").write_text(json.dumps({**config, "image_area": 32 * 32}))
+    for arguments in ([], ["--height=16"], ["--ratio=2:1"]):
+        models = ["--model_path=small", "--vq_model_path=BAAI/Emu3-VisionTokenizer", "--dtype=float32"]
+        assert command("run_generation_inference.py", *models, *arguments)[0] == 0
+    assert [Image.open(folder / f"result_{i}.png").size for i in range(3)] == [(32, 32), (32, 16), (48, 24)]
+
+
 def test_more_tokens_than_positions_is_a_note_that_names_what_fits(command, folder, checkpoints):
     shutil.copytree(checkpoints / "Emu3-Gen", folder / "short")
     config = json.loads((folder / "short" / "config.json").read_text())
@@ -320,6 +310,18 @@ def test_questions_in_a_batch_are_those_alone(command, folder):
         alone.append(ask(command, "--image_path", picture, "--question", question, "--max_new_tokens=5")[1])
     assert alone[0] != alone[1]
     assert out == f"a.png: what?\n{alone[0]}b.png: why?\n{alone[1]}"
+
+
+def test_the_longest_answer_is_what_there_are_positions_for(command, folder, checkpoints):
+    shutil.copytree(checkpoints / "Emu3-Chat", folder / "short")
+    config = json.loads((folder / "short" / "config.json").read_text())
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    (folder / "short" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 130}))
+    code, _, err = ask(command, "--model_path=short", "--image_path=a.png", "--stats_json=stats.json")
+    tokens = json.loads((folder / "stats.json").read_text())["tokens"]
+    assert code == 0 and "note" not in err and 0 < tokens < 130 - 8 * 9
+    code, _, err = ask(command, "--model_path=short", "--image_path=a.png", f"--max_new_tokens={tokens + 1}")
+    assert code == 0 and "the model has 130 positions" in err
 
 
 def test_chat_template(command, folder):

@@ -71,6 +71,31 @@ class Emu3Processor:
         self.chat_template = chat_template
         self.grammar = ImageGrammar.from_tokenizer(tokenizer, vision_tokenizer.config.codebook_size)
 
+    @classmethod
+    def from_pretrained(cls, name_or_path, vq_name_or_path=None, **options):
+        """The processor of a language model's checkpoint and a vision tokenizer's, which is loaded.
+
+        Args:
+            name_or_path: a directory, a hub name or "emu3-mini".
+            vq_name_or_path: the same; None is BAAI/Emu3-VisionTokenizer, and with "emu3-mini" its own.
+            options: chat_template.
+
+        Raises:
+            InputError: files missing or damaged, or two checkpoints that do not belong together.
+        """
+        from paddlemix.models.emu3 import Emu3Tokenizer, Emu3VisionVQModel
+        from paddlemix.models.emu3.checkpoint import matching_vision_tokenizer
+
+        from .image_processing_emu3 import Emu3VisionVQImageProcessor
+
+        vq_name_or_path = vq_name_or_path or matching_vision_tokenizer(name_or_path)
+        return cls(
+            Emu3VisionVQImageProcessor.from_pretrained(vq_name_or_path),
+            Emu3VisionVQModel.from_pretrained(vq_name_or_path),
+            Emu3Tokenizer.from_pretrained(name_or_path),
+            **options,
+        )
+
     def __call__(
         self,
         text,

@@ -223,11 +223,13 @@ class Emu3VisionVQImageProcessor:
 
     @classmethod
     def from_pretrained(cls, name_or_dir, **overrides):
-        """The processor of a checkpoint, a directory or a hub name; `overrides` go before the file's values.
+        """The processor of a checkpoint, a directory, a hub name or "emu3-mini".
+
+        `overrides` go before the file's values.
 
         InputError: no such file, not JSON, or a value or an override's name that is not accepted.
         """
-        path = Path(fetch(name_or_dir, [CONFIG_NAME])) / CONFIG_NAME
+        path = fetch(name_or_dir, [CONFIG_NAME], part="vision_tokenizer") / CONFIG_NAME
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep

@@ -96,7 +96,9 @@ def there_and_back(model, clip, stats):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    parser.add_argument("--model_path", default="BAAI/Emu3-VisionTokenizer", help="a directory or a hub name")
+    parser.add_argument(
+        "--model_path", default="BAAI/Emu3-VisionTokenizer", help="a directory, a hub name, or emu3-mini"
+    )
     parser.add_argument("--image_path", help="a picture (default: the demo picture, if there is no --video_path)")
     parser.add_argument("--video_path", help="a folder of frames, pictures of one size in the order of their names")
     run(parser, main)

@@ -35,6 +35,14 @@ def add_dtype(parser):
     )
 
 
+def add_model_paths(parser, default):
+    parser.add_argument("--model_path", default=default, help="a directory, a hub name, or emu3-mini")
+    parser.add_argument(
+        "--vq_model_path",
+        help="the vision tokenizer: a directory or a hub name (default: BAAI/Emu3-VisionTokenizer, or emu3-mini's own)",
+    )
+
+
 def run(parser, command):
     """Run a command. A user's mistake is one line on stderr and exit code 2; Ctrl-C exits with 130."""
     args = parser.parse_args()
@@ -43,6 +51,7 @@ def run(parser, command):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
         _check_text(args)
         _check_outputs(args)
+        _settle_models(args)
         _start_paddle(args)
         command(args)
         sys.stdout.flush()
@@ -132,6 +141,16 @@ def _check_outputs(args):
             raise InputError(f"cannot write into {folder}: give a folder that exists and that you may write to")
 
 
+def _settle_models(args):
+    """The vision tokenizer where none is named, and what emu3-mini means where a folder has that name, too."""
+    from paddlemix.models.emu3.checkpoint import MINI, matching_vision_tokenizer
+
+    if getattr(args, "vq_model_path", "") is None:
+        args.vq_model_path = matching_vision_tokenizer(args.model_path)
+    if args.model_path == MINI and Path(MINI).exists():
+        note(f"{MINI} is the checkpoint that comes with the package; the folder of that name here is ./{MINI}")
+
+
 def _start_paddle(args):
     if not args.verbose:
         import logging
@@ -174,19 +193,6 @@ def usable_dtype(dtype):
         note(f"Paddle has no {dtype} Linear on a CPU: going on in float32")
         return "float32"
     return dtype
-
-
-def load_processor(args, **options):
-    """The Emu3Processor of --vq_model_path and --model_path's tokenizer; all but the large model."""
-    from paddlemix.models.emu3 import Emu3Tokenizer, Emu3VisionVQModel
-    from paddlemix.processors import Emu3Processor, Emu3VisionVQImageProcessor
-
-    return Emu3Processor(
-        Emu3VisionVQImageProcessor.from_pretrained(args.vq_model_path),
-        Emu3VisionVQModel.from_pretrained(args.vq_model_path),
-        Emu3Tokenizer.from_pretrained(args.model_path),
-        **options,
-    )
 
 
 def load_language_model(args, tokenizer):

@@ -2,7 +2,7 @@
 """Draw pictures from prompts."""
 
 import sys
-from math import gcd
+from math import gcd, isqrt
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])  # this checkout's paddlemix, installed or not
@@ -11,9 +11,9 @@ from paddlemix.examples.emu3.common import (
     Loading,
     Stopwatch,
     add_dtype,
+    add_model_paths,
     free_paths,
     load_language_model,
-    load_processor,
     make_parser,
     note,
     progress_bar,
@@ -33,13 +33,15 @@ def main(args):
         Sampling,
         check_guidance_scale,
     )
+    from paddlemix.processors import Emu3Processor
 
     check_guidance_scale(args.guidance_scale)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, new_seed() if args.seed is None else args.seed)
+    settle_size(args)
     prompts, ratios = one_each(args)
     negative = NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt
     with Loading() as load:
-        processor = load_processor(args)
+        processor = Emu3Processor.from_pretrained(args.model_path, args.vq_model_path)
         size = {"ratio": ratios, "image_area": args.height * args.width}
         positive = processor([p + POSITIVE_PROMPT for p in prompts], **size)
         negative_ids = processor([negative] * len(prompts), **size)["input_ids"]
@@ -74,6 +76,15 @@ def main(args):
         load_s=load.seconds, decode_s=decode.seconds,
     )  # fmt: skip
     wrote(paths)
+
+
+def settle_size(args):
+    """A --height or --width that is not given is the side of a square of the checkpoint's image_area."""
+    from paddlemix.models.emu3 import Emu3Config
+
+    if None in (args.height, args.width):
+        side = isqrt(Emu3Config.from_pretrained(args.model_path).image_area)
+        args.height, args.width = (side if given is None else given for given in (args.height, args.width))
 
 
 def one_each(args):
@@ -122,16 +133,16 @@ def warn_if_too_long(config, processor, prompt_length, ratio, size):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    parser.add_argument("--model_path", default="BAAI/Emu3-Gen", help="a directory or a hub name")
-    parser.add_argument("--vq_model_path", default="BAAI/Emu3-VisionTokenizer", help="a directory or a hub name")
+    add_model_paths(parser, "BAAI/Emu3-Gen")
     parser.add_argument(
         "--prompt", nargs="+", default=["a portrait of young girl."], help="one or more, drawn together"
     )
     parser.add_argument(
         "--ratio", nargs="+", help="width:height, one for all prompts or one each (default: of --width and --height)"
     )
-    parser.add_argument("--height", type=int, default=720, help="with --width: how many pixels the picture has")
-    parser.add_argument("--width", type=int, default=720, help="with --height: how many pixels the picture has")
+    size = "(default: what the checkpoint is made for, 720; of emu3-mini 64)"
+    parser.add_argument("--height", type=int, help=f"with --width: how many pixels the picture has {size}")
+    parser.add_argument("--width", type=int, help=f"with --height: how many pixels the picture has {size}")
     parser.add_argument("--negative_prompt", help="what to lead away from (default: the original's)")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="1 is no guidance, and half the work")
     parser.add_argument(

@@ -10,9 +10,9 @@ from paddlemix.examples.emu3.common import (
     Loading,
     Stopwatch,
     add_dtype,
+    add_model_paths,
     load_language_model,
     load_pictures,
-    load_processor,
     make_parser,
     note,
     run,
@@ -22,18 +22,22 @@ from paddlemix.examples.emu3.common import (
 
 def main(args):
     from paddlemix.models.emu3 import generate_text
+    from paddlemix.processors import Emu3Processor
     from paddlemix.processors.emu3_processing import CHAT_TEMPLATE, check_chat_template
 
     pictures, questions = pairs(args)
     template = args.chat_template or CHAT_TEMPLATE
     check_chat_template(template)
     with Loading() as load:
-        processor = load_processor(args, chat_template=template)
+        processor = Emu3Processor.from_pretrained(args.model_path, args.vq_model_path, chat_template=template)
         images = load_pictures(pictures, processor.image_processor)
         model = load_language_model(args, processor.tokenizer)
     with Stopwatch() as encode:
         prompts = processor(questions, images, mode="U")["input_ids"]
-    length, limit = max(map(len, prompts)) + args.max_new_tokens, model.config.max_position_embeddings
+    length, limit = max(map(len, prompts)), model.config.max_position_embeddings
+    if args.max_new_tokens is None:
+        args.max_new_tokens = min(1024, max(1, limit - length))
+    length += args.max_new_tokens
     if length > limit:
         note(f"prompt and answer take up to {length} tokens, the model has {limit} positions: lower --max_new_tokens")
     titles = [f"{path}: {question}\n" for path, question in zip(pictures, questions, strict=True)]
@@ -53,7 +57,7 @@ def pairs(args):
     """A question for each picture; one of either serves all of the other."""
     from paddlemix.utils import InputError
 
-    if args.max_new_tokens < 1:
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise InputError(f"--max_new_tokens must be 1 or more, got {args.max_new_tokens}")
     pictures, questions = args.image_path, args.question
     if len(pictures) != len(questions) and 1 not in (len(pictures), len(questions)):
@@ -90,8 +94,7 @@ def show(tokenizer, steps, titles):
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, writes_pictures=False)
-    parser.add_argument("--model_path", default="BAAI/Emu3-Chat", help="a directory or a hub name")
-    parser.add_argument("--vq_model_path", default="BAAI/Emu3-VisionTokenizer", help="a directory or a hub name")
+    add_model_paths(parser, "BAAI/Emu3-Chat")
     parser.add_argument(
         "--image_path",
         nargs="+",
@@ -101,7 +104,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--question", nargs="+", default=["Please describe the image"], help="one for all pictures or one each"
     )
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="the longest answer")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="the longest answer (default: 1024, or what the model has positions for)"
+    )
     parser.add_argument(
         "--chat_template", help="with {image_prompt} and {text_prompt} (default: Emu3-Chat's; Emu3-Stage1's is "
         "'{image_prompt}{text_prompt}')"

@@ -27,17 +27,21 @@ MODEL_DTYPES = ("float32", "float16", "bfloat16")
 RELEASE_BYTES = 64 << 20  # pages read are handed back to the system after so many bytes
 CHUNK_BYTES = 8 << 20
 HUB_TIMEOUT = 15  # seconds that the hub may be silent
+MINI = "emu3-mini"  # this name is always the small checkpoint that comes with the package; a folder is ./emu3-mini
+MINI_DIRECTORY = Path(__file__).resolve().parents[2] / "demo_models" / "emu3_mini"
 
 
 # --- where the files are ---------------------------------------------------------------------------------
 
 
-def fetch(name_or_path, required, optional=()):
+def fetch(name_or_path, required, optional=(), part="language_model"):
     """The directory that holds a checkpoint's files, fetched from the hub where the name is no directory.
 
     Args:
-        name_or_path: a directory, or a hub name such as "BAAI/Emu3-Gen".
+        name_or_path: a directory, a hub name such as "BAAI/Emu3-Gen", or "emu3-mini", which is always the checkpoint
+            that comes with the package, whatever the working folder holds.
         required, optional: file names. Of a hub checkpoint these and no others are fetched.
+        part: of emu3-mini, "language_model" or "vision_tokenizer".
 
     Raises:
         InputError: there is no such directory or checkpoint, a required file is missing in it, or it is
@@ -45,14 +49,14 @@ def fetch(name_or_path, required, optional=()):
     """
     if not str(name_or_path or "").strip():
         raise InputError("the path of the checkpoint is empty: give a directory or a hub name such as BAAI/Emu3-Gen")
-    path = Path(name_or_path).expanduser()
+    path = MINI_DIRECTORY / part if name_or_path == MINI else Path(name_or_path).expanduser()
     if path.suffix in PICKLE_SUFFIXES and path.is_file():
         _refuse_pickle(name_or_path, path.name)
     if not path.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)) or path.exists():
             raise InputError(
                 f"no checkpoint at {str(name_or_path)!r}: give a directory that exists, "
-                "or a hub name such as BAAI/Emu3-Gen"
+                "a hub name such as BAAI/Emu3-Gen, or emu3-mini"
             )
         path = _fetch_from_hub(str(name_or_path), required, optional)
     for name in required:
@@ -62,6 +66,11 @@ def fetch(name_or_path, required, optional=()):
                 "check the path or download it again"
             )
     return path
+
+
+def matching_vision_tokenizer(name_or_path):
+    """The vision tokenizer that a language model takes where none is named: emu3-mini has its own."""
+    return MINI if name_or_path == MINI else "BAAI/Emu3-VisionTokenizer"
 
 
 def _refuse_pickle(name_or_path, name):
@@ -204,9 +213,9 @@ class SafetensorsFile:
 # --- a checkpoint of one or more files -------------------------------------------------------------------
 
 
-def open_weights(name_or_path):
+def open_weights(name_or_path, part="language_model"):
     """{tensor name: SafetensorsFile that holds it} of a directory or hub name."""
-    path = fetch(name_or_path, [], [SINGLE_NAME, INDEX_NAME])
+    path = fetch(name_or_path, [], [SINGLE_NAME, INDEX_NAME], part)
     if (path / SINGLE_NAME).is_file():
         file = SafetensorsFile(path / SINGLE_NAME)
         return dict.fromkeys(file.shapes, file)
@@ -216,7 +225,7 @@ def open_weights(name_or_path):
             _refuse_pickle(name_or_path, pickles[0])
         raise InputError(f"{str(name_or_path)!r} has neither {SINGLE_NAME} nor {INDEX_NAME}: download it again")
     weight_map = _read_index(path / INDEX_NAME)
-    path = fetch(name_or_path, sorted(set(weight_map.values())))
+    path = fetch(name_or_path, sorted(set(weight_map.values())), part=part)
     files = {name: SafetensorsFile(path / name) for name in sorted(set(weight_map.values()))}
     for tensor, name in weight_map.items():
         if tensor not in files[name].shapes:
@@ -285,8 +294,8 @@ class CheckpointMixin:
         """A model with the weights of a checkpoint in the released layout, in eval mode.
 
         Args:
-            name_or_path: a directory, or a hub name (fetched into huggingface_hub's cache; HF_ENDPOINT and
-                HF_HUB_OFFLINE are honoured).
+            name_or_path: a directory, a hub name (fetched into huggingface_hub's cache; HF_ENDPOINT and
+                HF_HUB_OFFLINE are honoured), or "emu3-mini".
             dtype: "float32", "float16" or "bfloat16": what the weights are cast to while they are read.
             config: a configuration in place of the checkpoint's.
             progress: show a progress bar (on a terminal).
@@ -311,7 +320,7 @@ class CheckpointMixin:
         itemsize = 4 if dtype == "float32" else 2
         size = itemsize * sum(math.prod(t.shape) for t in state.values())
         require_memory(size, f"in {dtype} for {name_or_path}")
-        weights = open_weights(name_or_path)
+        weights = open_weights(name_or_path, cls.config_class.part)
         try:
             _check_names_and_shapes(name_or_path, state, weights, model.tied_weights)
             total = sum(file.sizes[name] for name, file in weights.items())

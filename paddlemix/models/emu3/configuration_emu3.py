@@ -16,6 +16,7 @@ from .checkpoint import CONFIG_NAME, fetch
 
 class _Config:
     model_type = None
+    part = None  # which folder of emu3-mini it is in
 
     def __init__(self, **values):
         model_type = values.pop("model_type", self.model_type)
@@ -60,8 +61,8 @@ class _Config:
 
     @classmethod
     def from_pretrained(cls, name_or_path, **overrides):
-        """Read config.json of a directory or a hub name. Overrides win over the file."""
-        path = fetch(name_or_path, [CONFIG_NAME]) / CONFIG_NAME
+        """Read config.json of a directory, a hub name or "emu3-mini". Overrides win over the file."""
+        path = fetch(name_or_path, [CONFIG_NAME], part=cls.part) / CONFIG_NAME
         try:
             values = json.loads(path.read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError) as error:
@@ -95,6 +96,7 @@ class Emu3Config(_Config):
     """Configuration of the language model; the defaults are the released 8-billion model's."""
 
     model_type = "Emu3"
+    part = "language_model"
 
     vocab_size = 184622
     hidden_size = 4096
@@ -142,7 +144,7 @@ class Emu3Config(_Config):
     def _validate(self):
         self._require_positive(
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "image_area",
         )  # fmt: skip
         self._require_probability("attention_dropout")
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -181,6 +183,7 @@ class Emu3VisionVQConfig(_Config):
     """Configuration of the vision tokenizer; the defaults are the released one's."""
 
     model_type = "Emu3VisionVQ"
+    part = "vision_tokenizer"
 
     codebook_size = 32768
     embed_dim = 4

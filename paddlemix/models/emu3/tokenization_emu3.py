@@ -156,7 +156,7 @@ class Emu3Tokenizer:
 
     @classmethod
     def from_pretrained(cls, name_or_dir, **overrides):
-        """Read the tokenizer of a directory or a hub name. Overrides win over tokenizer_config.json."""
+        """Read the tokenizer of a directory, a hub name or "emu3-mini". Overrides win over tokenizer_config.json."""
         directory = fetch(name_or_dir, [VOCAB_FILE, SPECIAL_TOKENS_FILE], [CONFIG_FILE])
         config = _read_config(directory / CONFIG_FILE) if (directory / CONFIG_FILE).exists() else {}
         config.update(vocab_file=directory / VOCAB_FILE, special_tokens_file=directory / SPECIAL_TOKENS_FILE)
