@@ -1,0 +1,180 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Train the language model to draw scenes from captions and to answer questions about them.
+
+The model is the Emu3 language model of transformers; hidden matrices are trained with Muon, the rest with AdamW.
+Scenes are drawn and turned into codes once, then kept. `--out` holds that and the checkpoints; a run that was
+cut short goes on from the last.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import learning_rate, load, save
+from torch_vision import VisionTokenizer
+from tqdm import tqdm
+from train_vision import to_tensor
+from transformers import Emu3ForCausalLM, Emu3TextConfig
+from vocabulary import CHAT, NEGATIVE_PROMPT, POSITIVE_PROMPT, write
+from world import CANVASES, caption, questions, random_scene, render
+
+from paddlemix.models.emu3.image_grammar import ImageGrammar
+
+POSITIONS = 1024
+IGNORED = -100
+
+
+def text_config(tokenizer, args):
+    return Emu3TextConfig(
+        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=3 * args.hidden,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32,
+        num_key_value_heads=args.hidden // 64, max_position_embeddings=POSITIONS, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, attention_dropout=0.0, mlp_bias=False,
+        attention_bias=False, tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.02,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def coded_scenes(vision, count, seed, held=False):
+    """Scenes that are held out or not, with their codes: a list of (Scene, int64 [h, w])."""
+    rng, pairs = np.random.default_rng(seed), []
+    for canvas, share in zip(CANVASES, (0.7, 0.15, 0.15)):
+        scenes = [random_scene(rng, canvas=canvas, held=held) for _ in range(int(count * share))]
+        for start in tqdm(range(0, len(scenes), 64), desc=f"codes of {canvas[1]} x {canvas[0]} scenes", mininterval=10):
+            part = scenes[start : start + 64]
+            codes = vision.encode(to_tensor([render(s) for s in part])).numpy()
+            pairs += zip(part, codes)
+    return pairs
+
+
+def drawing_row(rng, scene, codes, tokenizer, grammar):
+    """Ids and labels of a drawing. One in ten has no caption: nothing, or what guidance leads away from."""
+    text = caption(scene, rng.random() < 0.35, rng)
+    chance = rng.random()
+    if chance < 0.1:
+        text = NEGATIVE_PROMPT if chance < 0.05 else ""
+    elif chance < 0.6:
+        text += POSITIVE_PROMPT
+    prompt = [tokenizer.bos_token_id, *tokenizer.encode(text, allow_special=False)]
+    picture = [*grammar.encode(codes), grammar.eos]
+    ids = prompt + picture
+    visual = range(grammar.first_visual, grammar.first_visual + grammar.codebook_size)
+    start = len(prompt) + len(grammar.head(*codes.shape))
+    return ids, [IGNORED] * start + [i if i in visual else IGNORED for i in ids[start:]]
+
+
+def answering_row(rng, scene, codes, tokenizer, grammar):
+    """Ids and labels of a question and its answer."""
+    asked = questions(scene, rng.random() < 0.35)
+    kinds = sorted({kind for kind, _, _ in asked})
+    kind = kinds[rng.integers(len(kinds))]
+    asked = [(question, answer) for k, question, answer in asked if k == kind]
+    question, answer = asked[rng.integers(len(asked))]
+    prompt = [tokenizer.bos_token_id, *tokenizer.encode(CHAT[0]), *grammar.encode(codes)]
+    prompt += tokenizer.encode(question + CHAT[1], allow_special=False)
+    answer = [*tokenizer.encode(answer), tokenizer.eos_token_id]
+    return prompt + answer, [IGNORED] * len(prompt) + answer
+
+
+def batch(rng, pairs, tokenizer, grammar, drawings, answers):
+    """Ids and labels, int64 [drawings + answers, length], padded on the right."""
+    rows = []
+    for i in range(drawings + answers):
+        make = drawing_row if i < drawings else answering_row
+        rows.append(make(rng, *pairs[rng.integers(len(pairs))], tokenizer, grammar))
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.full([len(rows), width], grammar.pad)
+    labels = torch.full([len(rows), width], IGNORED)
+    for i, (row, row_labels) in enumerate(rows):
+        ids[i, : len(row)], labels[i, : len(row)] = torch.tensor(row), torch.tensor(row_labels)
+    return ids, labels
+
+
+def losses(model, ids, labels, drawings):
+    """Mean cross entropy of the drawings' visual tokens and of the answers' tokens."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    labels = labels[:, 1:]
+    parts = []
+    for rows in (slice(None, drawings), slice(drawings, None)):
+        counts = labels[rows] != IGNORED
+        parts.append(F.cross_entropy(model.lm_head(hidden[rows][counts]), labels[rows][counts]))
+    return parts
+
+
+def make_optimizers(model):
+    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
+    rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
+    muon = torch.optim.Muon(hidden, lr=0.0, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def prepare(args):
+    """(tokenizer, grammar, scenes to train on, held-out scenes)"""
+    vision = VisionTokenizer().eval()
+    vision.load_state_dict(load(args.vision or f"{args.out}/vision.pt")["model"])
+    tokenizer = write(f"{args.out}/vocabulary", vision.config["codebook_size"], POSITIONS)
+    grammar = ImageGrammar.from_tokenizer(tokenizer, vision.config["codebook_size"])
+    cache = load(f"{args.out}/codes.pt")
+    if not cache:
+        cache = {"train": coded_scenes(vision, args.scenes, args.seed), "held": coded_scenes(vision, 200, 1, held=True)}
+        save(f"{args.out}/codes.pt", **cache)
+    return tokenizer, grammar, cache["train"], cache["held"]
+
+
+def train(args):
+    torch.manual_seed(args.seed)
+    tokenizer, grammar, pairs, held = prepare(args)
+    model = Emu3ForCausalLM(text_config(tokenizer, args))
+    optimizers = make_optimizers(model)
+    state, first = load(f"{args.out}/language.pt"), 0
+    if state:
+        model.load_state_dict(state["model"])
+        first = state["step"]
+        for optimizer, kept in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(kept)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {len(pairs)} scenes")
+    test = batch(np.random.default_rng(2), held, tokenizer, grammar, 32, 32)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=5)
+    for step in bar:
+        rng = np.random.default_rng([args.seed, step])
+        ids, labels = batch(rng, pairs, tokenizer, grammar, args.drawings, args.answers)
+        drawing, answering = losses(model, ids, labels, args.drawings)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (drawing + 0.3 * answering).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, args.lr, warmup=100)
+            optimizer.step()
+        if step % 100 == 99 or step == args.steps - 1:
+            with torch.no_grad():
+                new = losses(model, *test, 32)
+            bar.write(
+                f"step {step + 1}: drawing {float(drawing):.3f}, answering {float(answering):.3f}; "
+                f"held out {float(new[0]):.3f}, {float(new[1]):.3f}"
+            )
+            save(
+                f"{args.out}/language.pt",
+                model=model.state_dict(),
+                step=step + 1,
+                optimizers=[o.state_dict() for o in optimizers],
+                config=model.config.to_dict(),
+            )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="mini_run", help="checkpoints and codes")
+    parser.add_argument("--vision", help="the vision tokenizer's checkpoint (default: the one in --out)")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--scenes", type=int, default=20000, help="to train on")
+    parser.add_argument("--drawings", type=int, default=16, help="a batch")
+    parser.add_argument("--answers", type=int, default=8, help="a batch")
+    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    train(parser.parse_args())

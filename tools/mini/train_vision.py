@@ -1,0 +1,256 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Train the vision tokenizer on scenes and on crops of the photographs of scikit-image and scikit-learn.
+
+First without a codebook, then with one that starts as the k-means centres of the latents and follows them as
+running means (van den Oord et al., arXiv 1711.00937, appendix A.1); codewords that nothing chooses begin anew
+at some latent. `--out` holds checkpoints; a run that was cut short goes on from the last.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import learning_rate, load, psnr, save
+from PIL import Image
+from torch_vision import VisionTokenizer
+from tqdm import tqdm
+from world import CANVASES, random_scene, render
+
+ROOT = Path(__file__).resolve().parents[2]
+PHOTOS = (  # chelsea, the cat, is the demo picture: never among these
+    "astronaut.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg", "motorcycle_left.png", "retina.jpg",
+    "ihc.png", "brick.png", "grass.png", "gravel.png", "camera.png", "moon.png", "coins.png",
+)  # fmt: skip
+DECAY = 0.98
+
+
+def photographs():
+    """The photographs, uint8 [height, width, 3] each, at full, half and quarter size."""
+    import skimage
+    import sklearn
+
+    paths = [Path(skimage.__file__).parent / "data" / name for name in PHOTOS]
+    paths += [Path(sklearn.__file__).parent / "datasets" / "images" / name for name in ("china.jpg", "flower.jpg")]
+    photos = []
+    for path in paths:
+        image = Image.open(path).convert("RGB")
+        for k in (1, 2, 3, 4):
+            small = image.resize((image.width // k, image.height // k), Image.LANCZOS)
+            photos.append(np.asarray(small))
+    return [p for p in photos if min(p.shape[:2]) >= 64]
+
+
+def to_tensor(pictures):
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def crop(photo, height, width, rng):
+    top, left = (int(rng.integers(n - side + 1)) for n, side in zip(photo.shape, (height, width)))
+    part = photo[top : top + height, left : left + width]
+    return part[:, ::-1] if rng.random() < 0.5 else part
+
+
+def batch(rng, photos, count):
+    """Two thirds scenes, the others crops of photographs, of one size: [count, 3, height, width]"""
+    canvas = CANVASES[rng.choice(3, p=[0.6, 0.2, 0.2])]
+    pictures = [
+        render(random_scene(rng, canvas=canvas, held=False)) if i < 2 * count // 3
+        else crop(photos[rng.integers(len(photos))], *canvas, rng)
+        for i in range(count)
+    ]  # fmt: skip
+    return to_tensor(pictures)
+
+
+def mix(rng, pixels):
+    """The same pictures with a part of another one in each, and which latents see no difference within 8 pixels.
+
+    Pixels [B, 3, H, W] and bool [B, H/8, W/8].
+    """
+    mixed, (_, _, height, width) = pixels.clone(), pixels.shape
+    for i, other in enumerate(torch.roll(pixels, 1, 0)):
+        rows, columns = (sorted(rng.choice(side // 8 + 1, 2, replace=False) * 8) for side in (height, width))
+        part = (slice(None), slice(*rows), slice(*columns))
+        mixed[i][part] = other[part]
+    changed = F.max_pool2d((mixed != pixels).any(dim=1, keepdim=True).float(), 8)
+    return mixed, F.max_pool2d(changed, 3, stride=1, padding=1).squeeze(1) == 0
+
+
+class Codebook:
+    """Running means of the latents that choose each codeword."""
+
+    def __init__(self, embedding):
+        self.embedding = embedding
+        self.count = torch.ones(embedding.num_embeddings)
+        self.total = embedding.weight.data.clone()
+
+    def start(self, latents, rounds=15):
+        """k-means centres of latents [n, dim]."""
+        size = len(self.count)
+        centres = latents[torch.randperm(len(latents))[:size]].clone()
+        for _ in range(rounds):
+            nearest = torch.cdist(latents, centres).argmin(1)
+            count = torch.bincount(nearest, minlength=size).float()
+            sums = torch.zeros_like(centres).index_add_(0, nearest, latents)
+            centres = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], centres)
+            empty = count == 0
+            centres[empty] = latents[torch.randint(len(latents), (int(empty.sum()),))]
+        self.count, self.total = torch.ones(size), centres.clone()
+        self.embedding.weight.data.copy_(centres)
+
+    @torch.no_grad()
+    def follow(self, latents, codes, revive):
+        size = len(self.count)
+        self.count.mul_(DECAY).add_(torch.bincount(codes, minlength=size).float(), alpha=1 - DECAY)
+        self.total.mul_(DECAY).index_add_(0, codes, latents, alpha=1 - DECAY)
+        if revive:
+            dead = self.count < 0.02 * len(latents) / size
+            number = int(dead.sum())
+            self.total[dead] = latents[torch.randint(len(latents), (number,))]
+            self.count[dead] = 1.0
+            self.total[dead] += 1e-3 * torch.randn(number, latents.shape[1]) * latents.std()
+        self.embedding.weight.data.copy_(self.total / self.count.clamp(min=1e-5)[:, None])
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def reconstruction_loss(out, pixels):
+    return (out - pixels).abs().mean() + 4 * ((out - pixels) ** 2).mean()
+
+
+class Progress:
+    """What a run prints: the held-out scenes' and the demo photograph's PSNR, and how local codes are."""
+
+    def __init__(self):
+        rng = np.random.default_rng(1)
+        self.scenes = to_tensor([render(random_scene(rng, canvas=(64, 64), held=True)) for _ in range(48)])
+        self.mixed, self.same = mix(rng, self.scenes)
+        photo = Image.open(ROOT / "paddlemix" / "demo_images" / "emu3_demo.png").convert("RGB").resize((312, 208))
+        self.photo = to_tensor([np.asarray(photo)])
+
+    @torch.no_grad()
+    def line(self, model):
+        codes = model.encode(self.scenes)
+        local = (codes == model.encode(self.mixed))[self.same].float().mean()
+        scenes, photo = psnr(model.decode(codes), self.scenes), psnr(model.decode(model.encode(self.photo)), self.photo)
+        return (
+            f"held-out scenes {scenes:.2f} dB, photograph {photo:.2f} dB, codes that only see their place {local:.3f}"
+        )
+
+
+def polish(args):
+    """Train the decoder alone, on codes that no longer change: what the language model has learnt stays true."""
+    torch.manual_seed(args.seed)
+    photos, model, progress = photographs(), VisionTokenizer(), Progress()
+    model.load_state_dict(load(f"{args.out}/vision.pt")["model"])
+    weights = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=args.polish_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    state, first = load(f"{args.out}/polished.pt"), 0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    bar = tqdm(range(first, args.polish_steps), initial=first, total=args.polish_steps, mininterval=5)
+    for step in bar:
+        pixels = batch(np.random.default_rng([args.seed, 1, step]), photos, args.batch)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.polish_steps, args.polish_lr)
+        with torch.no_grad(), autocast():
+            codes = model.encode(pixels)
+        with autocast():
+            out = model.decode(codes).float()
+        loss = reconstruction_loss(out, pixels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        if step % 100 == 99 or step == args.polish_steps - 1:
+            bar.write(f"polishing {step + 1}: loss {float(loss):.4f}, {progress.line(model)}")
+            save(f"{args.out}/polished.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+
+
+def train(args):
+    torch.manual_seed(args.seed)
+    photos, model, progress = photographs(), VisionTokenizer(), Progress()
+    model.quantize.embedding.weight.requires_grad_(False)
+    book = Codebook(model.quantize.embedding)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    state, first = load(f"{args.out}/vision.pt"), 0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        book.count, book.total, first = state["count"], state["total"], state["step"]
+    model.train()
+    used = torch.zeros(model.config["codebook_size"])
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=5)
+    for step in bar:
+        rng = np.random.default_rng([args.seed, step])
+        pixels = batch(rng, photos, args.batch // 2)
+        mixed, same = mix(rng, pixels)
+        pixels = torch.cat([pixels, mixed])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        with autocast():
+            latents = model.latents(pixels).float()
+        spread = latents.detach().var(dim=(0, 1, 2)).mean()
+        plain, other = latents.chunk(2)
+        moved = ((plain - other)[same] ** 2).mean() / spread
+        loss, quantized = args.locality * moved, latents
+        if step >= args.quantize_at:
+            flat = latents.detach().reshape(-1, latents.shape[-1])
+            if step == args.quantize_at:
+                with torch.no_grad(), autocast():
+                    more = [model.latents(batch(rng, photos, 48)).float().reshape(-1, flat.shape[1]) for _ in range(6)]
+                book.start(torch.cat([flat, *more]))
+            codes = model.quantize(latents.detach())
+            nearest = model.quantize.embedding(codes).detach()
+            loss = loss + args.commitment * ((latents - nearest) ** 2).mean() / spread
+            quantized = latents + (nearest - latents).detach()
+            revive = step % 50 == 0 and step < 0.8 * args.steps
+            book.follow(flat, codes.reshape(-1), revive)
+            used.mul_(0.99).add_(torch.bincount(codes.reshape(-1), minlength=len(used)).float())
+        with autocast():
+            out = model.decode_latents(quantized).float()
+        loss = loss + reconstruction_loss(out, pixels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        if step % 20 == 19:
+            bar.set_postfix_str(f"{psnr(out.detach(), pixels):.1f} dB, moved {float(moved):.4f}")
+        if step % 200 == 199 or step == args.steps - 1:
+            share = used / used.sum().clamp(min=1)
+            perplexity = float(torch.exp(-(share * (share + 1e-9).log()).sum()))
+            measured = progress.line(model) if step >= args.quantize_at else "not quantized yet"
+            bar.write(f"step {step + 1}: loss {float(loss):.4f}, {measured}, perplexity {perplexity:.0f}")
+            save(
+                f"{args.out}/vision.pt",
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                count=book.count,
+                total=book.total,
+                step=step + 1,
+            )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="mini_run", help="checkpoints")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--quantize_at", type=int, default=300, help="the step from which on codes are used")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=24, help="pictures of 64 x 64 pixels")
+    parser.add_argument("--locality", type=float, default=0.3, help="weight of: equal surroundings, equal latents")
+    parser.add_argument("--commitment", type=float, default=0.1)
+    parser.add_argument("--polish_lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--polish_steps", type=int, default=600, help="for the decoder alone, after the others")
+    parser.add_argument("--only_polish", action="store_true")
+    args = parser.parse_args()
+    if not args.only_polish:
+        train(args)
+    polish(args)
