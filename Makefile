@@ -13,14 +13,21 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install -qq --use-pep517
 
 OUT := demo_output
-VQ := $(OUT)/checkpoints/Emu3-VisionTokenizer
 PICTURE := paddlemix/demo_images/emu3_demo.png
+SCENE := paddlemix/demo_images/emu3_scene.png
 EXAMPLES := paddlemix/examples/emu3
 
-.PHONY: help venv demo lint test clean asked-again
+# Emu3-Mini is trained with PyTorch, in an environment of its own; what MINI_RUN holds is gone on from.
+MINI := tools/mini
+MINI_PYTHON := .venv-mini/bin/python
+MINI_RUN ?= mini_run
+
+.PHONY: help venv demo eval mini lint test clean asked-again
 
 help:
-	@echo "make demo   the three commands on small random checkpoints, results in $(OUT)/"
+	@echo "make demo   draw, answer and autoencode with Emu3-Mini, which comes with the package; results in $(OUT)/"
+	@echo "make eval   measure Emu3-Mini on scenes that its training left out"
+	@echo "make mini   train Emu3-Mini anew with PyTorch, from data to files: hours on a CPU"
 	@echo "make test   ruff and pytest"
 	@echo "make lint   ruff alone"
 	@echo "make venv   .venv with all that is needed; the others make it themselves"
@@ -57,12 +64,24 @@ endif
 	@touch $@
 
 demo: venv
-	$(RUN) tools/make_demo_checkpoints.py $(OUT)/checkpoints
-	$(RUN) $(EXAMPLES)/autoencode.py --model_path=$(VQ) --image_path=$(PICTURE) --output_dir=$(OUT)
-	$(RUN) $(EXAMPLES)/run_generation_inference.py --model_path=$(OUT)/checkpoints/Emu3-Gen --vq_model_path=$(VQ) \
-		--prompt="a portrait of young girl." --ratio="1:1" --height=128 --width=128 --dtype=float32 --output_dir=$(OUT)
-	$(RUN) $(EXAMPLES)/run_understanding_inference.py --model_path=$(OUT)/checkpoints/Emu3-Chat --vq_model_path=$(VQ) \
-		--image_path=$(PICTURE) --question="Please describe the image breifly" --max_new_tokens=32 --dtype=float32
+	$(RUN) $(EXAMPLES)/run_generation_inference.py --model_path=emu3-mini --seed=1 --dtype=float32 --output_dir=$(OUT) \
+		--prompt "a large red circle left of a large blue square on a white background."
+	$(RUN) $(EXAMPLES)/run_understanding_inference.py --model_path=emu3-mini --dtype=float32 --image_path=$(SCENE) \
+		--question "Please describe the image" "How many objects are there?" "请描述这张图片"
+	$(RUN) $(EXAMPLES)/autoencode.py --model_path=emu3-mini --image_path=$(PICTURE) --output_dir=$(OUT)
+
+eval: venv
+	$(RUN) $(MINI)/evaluate.py
+
+.venv-mini/ready: $(MINI)/requirements.txt
+	@for python in $(PYTHONS); do "$$python" -m venv --clear .venv-mini && break; done
+	@$(MINI_PYTHON) -m pip install -qq -r $(MINI)/requirements.txt
+	@touch $@
+
+mini: .venv-mini/ready
+	$(MINI_PYTHON) $(MINI)/train_vision.py --out $(MINI_RUN)
+	$(MINI_PYTHON) $(MINI)/train_language.py --out $(MINI_RUN)
+	$(MINI_PYTHON) $(MINI)/export.py --out $(MINI_RUN)
 
 lint: venv
 	$(RUN) -m ruff check .
@@ -71,5 +90,5 @@ test: lint
 	$(RUN) -m pytest
 
 clean:
-	rm -rf .venv $(OUT) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-mini $(OUT) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

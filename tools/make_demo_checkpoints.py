@@ -1,8 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Write small checkpoints with random weights in the released layout.
 
-They hold the real vocabulary and every file of the real checkpoints, and draw noise: they show that the
-commands work, not what Emu3 can do.
+They hold the real vocabulary and every file of the real checkpoints, and draw noise: the tests run the commands
+with them.
 """
 
 import argparse
