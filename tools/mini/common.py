@@ -32,3 +32,34 @@ def learning_rate(step, steps, peak, warmup=50):
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
     return float(10 * torch.log10(4 / ((a - b) ** 2).mean()))
+
+
+class ConvMuon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for convolutions, each weight taken as a matrix [out, in * kernel].
+
+    Momentum, made nearly orthogonal by five Newton-Schulz rounds, as large as an Adam step (Liu et al., arXiv
+    2502.16982). torch.optim.Muon takes matrices alone.
+    """
+
+    def __init__(self, weights, momentum=0.9):
+        super().__init__(weights, {"lr": 0.0, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
+                average.mul_(group["momentum"]).add_(weight.grad)
+                update = (weight.grad + group["momentum"] * average).reshape(len(weight), -1)
+                size = 0.2 * max(update.shape) ** 0.5
+                weight.sub_(_orthogonal(update).reshape(weight.shape), alpha=group["lr"] * size)
+
+
+def _orthogonal(matrix):
+    x = matrix.bfloat16() / (matrix.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x.T if tall else x).float()

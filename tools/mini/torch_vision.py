@@ -20,7 +20,7 @@ CONFIG = {
 }  # fmt: skip
 
 
-OFFSET = 2.0
+OFFSET = 1.0
 
 
 def alternating(channels):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from common import learning_rate, load, save
 from torch_vision import VisionTokenizer
 from tqdm import tqdm
-from train_vision import to_tensor
+from train_vision import autocast, to_tensor
 from transformers import Emu3ForCausalLM, Emu3TextConfig
 from vocabulary import CHAT, NEGATIVE_PROMPT, POSITIVE_PROMPT, write
 from world import CANVASES, caption, questions, random_scene, render
@@ -55,7 +55,7 @@ def drawing_row(rng, scene, codes, tokenizer, grammar):
     chance = rng.random()
     if chance < 0.1:
         text = NEGATIVE_PROMPT if chance < 0.05 else ""
-    elif chance < 0.6:
+    elif chance < 0.85:
         text += POSITIVE_PROMPT
     prompt = [tokenizer.bos_token_id, *tokenizer.encode(text, allow_special=False)]
     picture = [*grammar.encode(codes), grammar.eos]
@@ -94,12 +94,12 @@ def batch(rng, pairs, tokenizer, grammar, drawings, answers):
 
 def losses(model, ids, labels, drawings):
     """Mean cross entropy of the drawings' visual tokens and of the answers' tokens."""
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    labels = labels[:, 1:]
-    parts = []
-    for rows in (slice(None, drawings), slice(drawings, None)):
-        counts = labels[rows] != IGNORED
-        parts.append(F.cross_entropy(model.lm_head(hidden[rows][counts]), labels[rows][counts]))
+    labels, parts = labels[:, 1:], []
+    with autocast():
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        for rows in (slice(None, drawings), slice(drawings, None)):
+            counts = labels[rows] != IGNORED
+            parts.append(F.cross_entropy(model.lm_head(hidden[rows][counts]).float(), labels[rows][counts]))
     return parts
 
 
@@ -143,7 +143,7 @@ def train(args):
         drawing, answering = losses(model, ids, labels, args.drawings)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        (drawing + 0.3 * answering).backward()
+        (drawing + 0.5 * answering).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -169,12 +169,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="mini_run", help="checkpoints and codes")
     parser.add_argument("--vision", help="the vision tokenizer's checkpoint (default: the one in --out)")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--scenes", type=int, default=20000, help="to train on")
-    parser.add_argument("--drawings", type=int, default=16, help="a batch")
-    parser.add_argument("--answers", type=int, default=8, help="a batch")
+    parser.add_argument("--drawings", type=int, default=32, help="a batch")
+    parser.add_argument("--answers", type=int, default=16, help="a batch")
     parser.add_argument("--hidden", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import learning_rate, load, psnr, save
+from common import ConvMuon, learning_rate, load, psnr, save
 from PIL import Image
 from torch_vision import VisionTokenizer
 from tqdm import tqdm
@@ -121,6 +121,25 @@ def reconstruction_loss(out, pixels):
     return (out - pixels).abs().mean() + 4 * ((out - pixels) ** 2).mean()
 
 
+def make_optimizers(weights):
+    """Muon for the convolutions inside, Adam for the others. Their learning rate is set at each step."""
+    inner = [w.ndim == 4 and min(w.shape[:2]) > 4 for w in weights]
+    rest = [w for w, is_inner in zip(weights, inner) if not is_inner]
+    adam = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    return [ConvMuon([w for w, is_inner in zip(weights, inner) if is_inner]), adam]
+
+
+def descend(optimizers, weights, loss, rate):
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+
+
 class Progress:
     """What a run prints: the held-out scenes' and the demo photograph's PSNR, and how local codes are."""
 
@@ -147,29 +166,30 @@ def polish(args):
     photos, model, progress = photographs(), VisionTokenizer(), Progress()
     model.load_state_dict(load(f"{args.out}/vision.pt")["model"])
     weights = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=args.polish_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizers = make_optimizers(weights)
     state, first = load(f"{args.out}/polished.pt"), 0
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(kept)
         first = state["step"]
     bar = tqdm(range(first, args.polish_steps), initial=first, total=args.polish_steps, mininterval=5)
     for step in bar:
         pixels = batch(np.random.default_rng([args.seed, 1, step]), photos, args.batch)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.polish_steps, args.polish_lr)
         with torch.no_grad(), autocast():
             codes = model.encode(pixels)
         with autocast():
             out = model.decode(codes).float()
         loss = reconstruction_loss(out, pixels)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
+        descend(optimizers, weights, loss, learning_rate(step, args.polish_steps, args.polish_lr))
         if step % 100 == 99 or step == args.polish_steps - 1:
             bar.write(f"polishing {step + 1}: loss {float(loss):.4f}, {progress.line(model)}")
-            save(f"{args.out}/polished.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            save(
+                f"{args.out}/polished.pt",
+                model=model.state_dict(),
+                optimizers=[o.state_dict() for o in optimizers],
+                step=step + 1,
+            )
 
 
 def train(args):
@@ -178,11 +198,12 @@ def train(args):
     model.quantize.embedding.weight.requires_grad_(False)
     book = Codebook(model.quantize.embedding)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizers = make_optimizers(weights)
     state, first = load(f"{args.out}/vision.pt"), 0
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(kept)
         book.count, book.total, first = state["count"], state["total"], state["step"]
     model.train()
     used = torch.zeros(model.config["codebook_size"])
@@ -192,14 +213,12 @@ def train(args):
         pixels = batch(rng, photos, args.batch // 2)
         mixed, same = mix(rng, pixels)
         pixels = torch.cat([pixels, mixed])
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
         with autocast():
             latents = model.latents(pixels).float()
         spread = latents.detach().var(dim=(0, 1, 2)).mean()
         plain, other = latents.chunk(2)
         moved = ((plain - other)[same] ** 2).mean() / spread
-        loss, quantized = args.locality * moved, latents
+        loss, quantized = args.locality * min(1, step / args.quantize_at) ** 4 * moved, latents
         if step >= args.quantize_at:
             flat = latents.detach().reshape(-1, latents.shape[-1])
             if step == args.quantize_at:
@@ -216,13 +235,10 @@ def train(args):
         with autocast():
             out = model.decode_latents(quantized).float()
         loss = loss + reconstruction_loss(out, pixels)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
+        descend(optimizers, weights, loss, learning_rate(step, args.steps, args.lr))
         if step % 20 == 19:
             bar.set_postfix_str(f"{psnr(out.detach(), pixels):.1f} dB, moved {float(moved):.4f}")
-        if step % 200 == 199 or step == args.steps - 1:
+        if step % 100 == 99 or step == args.steps - 1:
             share = used / used.sum().clamp(min=1)
             perplexity = float(torch.exp(-(share * (share + 1e-9).log()).sum()))
             measured = progress.line(model) if step >= args.quantize_at else "not quantized yet"
@@ -230,7 +246,7 @@ def train(args):
             save(
                 f"{args.out}/vision.pt",
                 model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
+                optimizers=[o.state_dict() for o in optimizers],
                 count=book.count,
                 total=book.total,
                 step=step + 1,
@@ -240,8 +256,8 @@ def train(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="mini_run", help="checkpoints")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--quantize_at", type=int, default=300, help="the step from which on codes are used")
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--quantize_at", type=int, default=150, help="the step from which on codes are used")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=24, help="pictures of 64 x 64 pixels")
     parser.add_argument("--locality", type=float, default=0.3, help="weight of: equal surroundings, equal latents")
