@@ -85,6 +85,15 @@ def test_a_seed_gives_the_same_picture_and_another_seed_another(language_model):
     assert (first != second).any()
 
 
+@pytest.mark.parametrize("drawn", golden("drawn.json"), ids=lambda d: f"{d['sampling']}-{d['guidance_scale']}")
+def test_seeds_give_the_pictures_they_gave_at_first(language_model, drawn):
+    """Recorded from this project's first sampler: a seed written in a picture's metadata stays good."""
+    pictures = generate_images(
+        language_model, PROMPTS, SIZES, GRAMMAR, NEGATIVE, drawn["guidance_scale"], Sampling(**drawn["sampling"])
+    )
+    assert [codes.tolist() for codes in pictures.codes] == drawn["codes"]
+
+
 def frequencies(sampling, logits, draws=4000):
     logits = paddle.to_tensor(logits, dtype="float32").unsqueeze(0)
     picked = [sampling.pick(logits, [0], position).item() for position in range(draws)]

@@ -66,6 +66,18 @@ def test_in_pieces_through_the_cache(language_model):
         language_model.model(IDS[:, :1], past_key_values=cache)
 
 
+def test_a_cache_takes_its_room_in_blocks(language_model, monkeypatch):
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
+    cache, rooms = language_model.make_cache(2, 20), []
+    pieces = []
+    for a, b in [(0, 7), (7, 8), (8, 9), (9, 20)]:
+        pieces.append(logits_of(language_model, IDS[:, a:b], MASK[:, :b], past_key_values=cache))
+        rooms.append(cache.room)
+    assert rooms == [8, 8, 16, 20]
+    whole = logits_of(language_model, IDS, MASK)
+    assert relative_error(np.concatenate(pieces, axis=1)[:, 7:], whole[:, 7:]) < 1e-5
+
+
 def test_the_cache_that_forward_gives_grows(language_model):
     """The usual loop by hand, one token at a time."""
     with paddle.no_grad():
@@ -83,18 +95,18 @@ def test_attention_in_chunks(monkeypatch, masked):
     monkeypatch.setattr(attention, "QUERY_CHUNK", 4)
     rng = np.random.RandomState(0)
     query, key, value = (
-        rng.standard_normal(s).astype("float32") for s in ([2, 10, 6, 8], [2, 13, 3, 8], [2, 13, 3, 8])
+        rng.standard_normal(s).astype("float32") for s in ([2, 10, 6, 8], [2, 3, 13, 8], [2, 3, 13, 8])
     )
     allowed = np.ones([2, 13], dtype=bool)
     allowed[0, :2] = not masked
     mask = paddle.to_tensor(allowed).reshape([2, 1, 1, 13]) if masked else None
-    out = attention.attend(*map(paddle.to_tensor, (query, key, value)), mask)
+    out = attention.attend(*map(paddle.to_tensor, (query, key, value)), attention.Mask(3, 10, mask))
     expected = np.zeros([2, 10, 6, 8])
     for b, q, h in np.ndindex(2, 10, 6):
         seen = np.flatnonzero(allowed[b] & (np.arange(13) <= q + 3))
-        scores = key[b, seen, h // 2].astype("float64") @ query[b, q, h] / np.sqrt(8)
+        scores = key[b, h // 2, seen].astype("float64") @ query[b, q, h] / np.sqrt(8)
         weights = np.exp(scores - scores.max())
-        expected[b, q, h] = weights @ value[b, seen, h // 2] / weights.sum()
+        expected[b, q, h] = weights @ value[b, h // 2, seen] / weights.sum()
     assert relative_error(out.numpy(), expected.reshape(2, 10, 48)) < 1e-5
 
 
@@ -124,13 +136,13 @@ def test_two_sequences_packed_in_one_row(language_model):
 
 
 def test_generate_without_padding_takes_flash_attention(language_model, monkeypatch):
-    """Every layer of every step, though PaddleNLP always makes a mask."""
+    """Every layer's prefill, though PaddleNLP always makes a mask."""
     calls = []
     monkeypatch.setattr(attention, "_has_flash_attention", lambda query: calls.append(query.shape[1]) or False)
     for mask in (None, paddle.ones_like(IDS[1:])):
         calls.clear()
         language_model.generate(IDS[1:], attention_mask=mask, max_new_tokens=4)
-        assert calls == [20] * 3 + [1] * 9
+        assert calls == [20] * 3
     calls.clear()
     language_model.generate(IDS[:1], attention_mask=MASK[:1], max_new_tokens=4)
     assert calls == []
@@ -169,20 +181,21 @@ def test_linear_of_few_rows_and_many(shape):
 def test_flash_attention_is_given_what_it_can_do(monkeypatch):
     """Which calls take it. Its kernel needs a card; Paddle's stand-in on a CPU says that it means the same."""
     rng, calls = np.random.RandomState(0), []
-    query, key, value = (paddle.to_tensor(rng.standard_normal([2, 5, 4, 8]).astype("float32")) for _ in range(3))
+    query, key, value = (paddle.to_tensor(rng.standard_normal([2, 4, 5, 8]).astype("float32")) for _ in range(3))
+    query = query.transpose([0, 2, 1, 3])
     real = attention.flash_attention
     cases = [
-        (query, None),
-        (query[:, :1], None),
-        (query[:, :3], None),
-        (query, paddle.ones([2, 1, 1, 5], dtype="bool")),
+        (query, attention.Mask(0, 5)),
+        (query[:, :1], attention.Mask(4, 1)),
+        (query[:, :3], attention.Mask(2, 3)),
+        (query, attention.Mask(0, 5, paddle.ones([2, 1, 1, 5], dtype="bool"))),
     ]
-    plain = [attention.attend(q, key, value, allowed) for q, allowed in cases]
+    plain = [attention.attend(q, key, value, mask) for q, mask in cases]
     monkeypatch.setattr(attention, "_has_flash_attention", lambda query: True)
     monkeypatch.setattr(attention, "flash_attention", lambda *a, **how: calls.append(how["causal"]) or real(*a, **how))
-    for (q, allowed), expected in zip(cases, plain, strict=True):
-        assert relative_error(attention.attend(q, key, value, allowed).numpy(), expected.numpy()) < 1e-5
-    assert calls == [True, False]  # prefill and one token; not new tokens after old ones, not with padding
+    for (q, mask), expected in zip(cases, plain, strict=True):
+        assert relative_error(attention.attend(q, key, value, mask).numpy(), expected.numpy()) < 1e-5
+    assert calls == [True]  # prefill; not over the cache, not with padding
 
 
 def test_when_there_is_flash_attention(monkeypatch):

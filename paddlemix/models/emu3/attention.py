@@ -12,127 +12,183 @@ from paddlemix.utils import InputError
 from .checkpoint import require_memory
 
 QUERY_CHUNK = 512  # queries a time of the plain attention: never a whole [length, length] matrix
+FEW_TOKENS = 32  # of a decoding step: what all layers share is made once, in full, for so many new tokens
+CACHE_BLOCK = 1024  # tokens that a cache grows by
 
 
 class KVCache:
-    """Keys and values of every layer, of fixed size, written in place. `length` tokens are in it."""
+    """Keys and values of every layer, [batch, kv_heads, room, head_dim], written in place.
+
+    `length` tokens are in it, of at most `max_length`. A step attends over all of the room: its shapes stay, and no
+    key is moved. The room grows in blocks, so that few of its places are empty.
+    """
 
     def __init__(self, config, batch_size, max_length, dtype="float32"):
-        shape = [batch_size, max_length, config.num_key_value_heads, config.head_dim]
+        self.length, self.max_length = 0, max_length
+        layers, kv_heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         itemsize = paddle.empty([0], dtype=dtype).element_size()
         require_memory(
-            2 * config.num_hidden_layers * math.prod(shape) * itemsize,
+            2 * layers * batch_size * kv_heads * max_length * head_dim * itemsize,
             f"for the keys and values of {batch_size * max_length} tokens",
         )
-        self.keys = [paddle.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [paddle.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.length = 0
+        shape = [batch_size, kv_heads, min(max_length, CACHE_BLOCK), head_dim]
+        self.keys, self.values = ([paddle.zeros(shape, dtype=dtype) for _ in range(layers)] for _ in "kv")
 
     @property
-    def max_length(self):
-        return self.keys[0].shape[1]
+    def room(self):
+        return self.keys[0].shape[2]
+
+    def reserve(self, length):
+        """Room for `length` tokens, and for the rest of the block that the last one is in."""
+        more = min(math.ceil(length / CACHE_BLOCK) * CACHE_BLOCK, self.max_length) - self.room
+        if length > self.room:
+            for tensors in (self.keys, self.values):
+                for i, x in enumerate(tensors):  # one by one: never the whole cache twice
+                    empty = paddle.zeros([*x.shape[:2], more, x.shape[3]], x.dtype)
+                    tensors[i] = paddle.concat([x, empty], axis=2)
 
     def write(self, layer, key, value):
-        """Append keys and values [batch, new, kv_heads, head_dim]; give all so far [batch, length + new, ...]."""
-        end = self.length + key.shape[1]
-        self.keys[layer][:, self.length : end] = key
-        self.values[layer][:, self.length : end] = value
-        return self.keys[layer][:, :end], self.values[layer][:, :end]
+        """Put keys and values [batch, kv_heads, new, head_dim] after those that are in it."""
+        end = self.length + key.shape[2]
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
 
     def with_room(self, length):
-        """This cache if it holds `length` tokens in all, else a copy of twice its size or of that length."""
+        """This cache if it takes `length` tokens in all, else a copy that takes twice its own or that many."""
         if length <= self.max_length:
             return self
-        more = max(length - self.max_length, self.max_length)
-        return self.map(lambda x: paddle.concat([x, paddle.zeros([x.shape[0], more, *x.shape[2:]], x.dtype)], axis=1))
+        other = self.map(paddle.clone)
+        other.max_length = max(length, 2 * self.max_length)
+        return other
 
     def map(self, function):
         """A cache of the tensors that `function` makes of this one's."""
         other = object.__new__(KVCache)
         other.keys, other.values = [function(k) for k in self.keys], [function(v) for v in self.values]
-        other.length = self.length
+        other.length, other.max_length = self.length, self.max_length
         return other
 
 
-def rotary_cos_sin(config, position_ids, length):
-    """Cosines and sines of the rotary positions (Su et al., arXiv 2104.09864), float32 [B, new, 1, head_dim].
+class Rotary:
+    """Rotary positions (Su et al., arXiv 2104.09864) of new tokens: their angles, made once for all layers.
 
-    `length` tokens in all decide the base of the dynamic (NTK-aware) scaling.
+    `position_ids` are int64 [batch or 1, new]; `length` tokens in all decide the base of the dynamic (NTK-aware)
+    scaling.
     """
-    base, dim = config.rope_theta, config.head_dim
-    scaling = config.rope_scaling or {}
-    positions = position_ids.astype("float32")
-    if scaling.get("type") == "linear":
-        positions = positions / scaling["factor"]
-    elif scaling.get("type") == "dynamic" and length > config.max_position_embeddings:
-        stretch = scaling["factor"] * length / config.max_position_embeddings - (scaling["factor"] - 1)
-        base = base * stretch ** (dim / (dim - 2))
-    inverse = 1.0 / paddle.pow(paddle.to_tensor(base, "float32"), paddle.arange(0, dim, 2, dtype="float32") / dim)
-    angles = positions.unsqueeze(-1) * inverse
-    angles = paddle.concat([angles, angles], axis=-1).unsqueeze(2)
-    return angles.cos(), angles.sin()
+
+    def __init__(self, config, position_ids, length):
+        base, dim = config.rope_theta, config.head_dim
+        scaling = config.rope_scaling or {}
+        positions = position_ids.astype("float32")
+        if scaling.get("type") == "linear":
+            positions = positions / scaling["factor"]
+        elif scaling.get("type") == "dynamic" and length > config.max_position_embeddings:
+            stretch = scaling["factor"] * length / config.max_position_embeddings - (scaling["factor"] - 1)
+            base = base * stretch ** (dim / (dim - 2))
+        inverse = 1.0 / paddle.pow(paddle.full([], base, "float32"), paddle.arange(0, dim, 2, dtype="float32") / dim)
+        angles = (positions.unsqueeze(-1) * inverse).unsqueeze(2)
+        cos, sin = angles.cos(), angles.sin()
+        self.cos, self.sin = paddle.concat([cos, cos], axis=-1), paddle.concat([-sin, sin], axis=-1)
+        self._full = {}
+
+    def turn(self, x):
+        """Turn pairs (i, i + head_dim / 2) of x [batch, new, heads, head_dim] by their angles."""
+        cos, sin = self._like(x) if x.shape[1] <= FEW_TOKENS else (self.cos.astype(x.dtype), self.sin.astype(x.dtype))
+        return x * cos + x.roll(x.shape[-1] // 2, axis=-1) * sin
+
+    def _like(self, x):
+        """Cosines and sines of x's shape: Paddle's broadcasting takes longer than all the rest of a small `turn`."""
+        heads = x.shape[2]
+        if heads not in self._full:
+            self._full[heads] = tuple(
+                t.astype(x.dtype).tile([x.shape[0] // t.shape[0], 1, heads, 1]) for t in (self.cos, self.sin)
+            )
+        return self._full[heads]
 
 
-def rotate(x, cos, sin):
-    """Turn pairs (i, i + head_dim / 2) of x [batch, new, heads, head_dim] by their angles."""
-    first, second = x.chunk(2, axis=-1)
-    return x * cos.astype(x.dtype) + paddle.concat([-second, first], axis=-1) * sin.astype(x.dtype)
+class Mask:
+    """Which keys each of the new tokens may see: those up to its own, and of them the allowed ones.
+
+    Args:
+        past, new: how many tokens were before, and how many are new.
+        allowed: bool [batch, 1, 1 or new, past + new], False at keys that nobody may see; None where there are none.
+    """
+
+    def __init__(self, past, new, allowed=None):
+        self.past, self.new, self.allowed = past, new, allowed
+        self._full = None
+
+    def hide(self, scores, start, stop):
+        """Scores [batch, kv_heads, group * queries, length] of the new tokens from `start` to `stop` and the first
+        `length` keys: very negative where a key may not be seen."""
+        batch, kv_heads, queries, length = scores.shape
+        if self.allowed is None and length == self.past + 1:
+            return scores
+        if self.new > FEW_TOKENS or stop - start < self.new:
+            by_query = scores.reshape([batch, kv_heads, -1, stop - start, length])
+            return paddle.minimum(by_query, self._ceiling(start, stop, length).unsqueeze(2)).reshape(scores.shape)
+        if self._full is None:  # every layer's is the same; of the scores' shape, since broadcasting is slow
+            ceiling = self._ceiling(0, self.new, length)
+            self._full = ceiling.tile([batch // ceiling.shape[0], kv_heads, queries // self.new, 1])
+        return paddle.minimum(scores, self._full)
+
+    def _ceiling(self, start, stop, length):
+        """float32 [batch or 1, 1, queries, length]: what scores must not exceed, 1e30 where a key may be seen, else
+        -1e30. (Finite: where a query sees nothing, it must not make NaN. Adding it would give gradients there.)"""
+        first = self.past + start
+        visible = paddle.arange(length) <= paddle.arange(first, first + stop - start).unsqueeze(-1)
+        visible = visible.reshape([1, 1, stop - start, length])
+        if self.allowed is not None:
+            allowed = self.allowed if self.allowed.shape[2] == 1 else self.allowed[:, :, start:stop]
+            empty = length - allowed.shape[3]
+            allowed = F.pad(allowed.astype("float32"), [0, empty]) > 0 if empty > 0 else allowed[..., :length]
+            visible = paddle.logical_and(visible, allowed)
+        return (visible.astype("float32") - 0.5) * 2e30
 
 
-def attend(query, key, value, allowed=None, dropout=0.0):
-    """Causal grouped-query attention; the last query sees the last key.
+def attend(query, key, value, mask, dropout=0.0):
+    """Grouped-query attention.
 
     Args:
         query: [batch, new, heads, head_dim]
-        key, value: [batch, length, kv_heads, head_dim], length >= new
-        allowed: bool [batch, 1, 1 or new, length], False at keys that may not be seen; None where all may.
+        key, value: [batch, kv_heads, length, head_dim], of the tokens before, the new ones, and unused room.
+        mask: Mask.
         dropout: of the attention probabilities.
 
     Returns:
         [batch, new, heads * head_dim]
     """
     batch, new, heads, head_dim = query.shape
-    length, kv_heads = key.shape[1:3]
-    if allowed is None and new in (1, length) and _has_flash_attention(query):
-        out, _ = flash_attention(query, key, value, dropout=dropout, causal=new > 1, training=dropout > 0)
+    kv_heads = key.shape[1]
+    if mask.past == 0 and mask.allowed is None and _has_flash_attention(query):
+        key, value = key.transpose([0, 2, 1, 3]), value.transpose([0, 2, 1, 3])
+        out, _ = flash_attention(query, key, value, dropout=dropout, causal=True, training=dropout > 0)
         return out.reshape([batch, new, heads * head_dim])
 
     # queries that share a key head stand side by side, so that a key is read once for all of them
-    query = query.reshape([batch, new, kv_heads, heads // kv_heads, head_dim]).transpose([0, 2, 3, 1, 4])
-    key, value = key.transpose([0, 2, 1, 3]), value.transpose([0, 2, 1, 3])
+    query = (query / math.sqrt(head_dim)).reshape([batch, new, kv_heads, heads // kv_heads, head_dim])
+    query = query.transpose([0, 2, 3, 1, 4])
     out = []
     for start in range(0, new, QUERY_CHUNK):
-        rows = slice(start, start + QUERY_CHUNK)
-        chunk_allowed = allowed if allowed is None or allowed.shape[2] == 1 else allowed[:, :, rows]
-        out.append(_attend_chunk(query[:, :, :, rows], key, value, length - new + start, chunk_allowed, dropout))
+        stop = min(start + QUERY_CHUNK, new)
+        if new > QUERY_CHUNK:  # later keys are nobody's in this chunk
+            length = mask.past + stop
+            chunk = query[:, :, :, start:stop], key[:, :, :length], value[:, :, :length]
+        else:
+            chunk = query, key, value
+        out.append(_attend_chunk(*chunk, mask, start, stop, dropout))
     out = out[0] if len(out) == 1 else paddle.concat(out, axis=3)
     return out.transpose([0, 3, 1, 2, 4]).reshape([batch, new, heads * head_dim])
 
 
-def _attend_chunk(query, key, value, past, allowed, dropout):
-    """query [batch, kv_heads, group, new, head_dim] at positions from `past` on, key and value [batch, kv_heads,
-    length, head_dim]"""
+def _attend_chunk(query, key, value, mask, start, stop, dropout):
+    """query [batch, kv_heads, group, new, head_dim]; key, value [batch, kv_heads, length, head_dim]"""
     batch, kv_heads, group, new, head_dim = query.shape
-    length = past + new  # later keys are nobody's in this chunk
-    key, value = key[:, :, :length], value[:, :, :length]
-    query = query.reshape([batch, kv_heads, group * new, head_dim]) / math.sqrt(head_dim)
-    scores = paddle.matmul(query, key, transpose_y=True)
-    scores = scores.astype("float32").reshape([batch, kv_heads, group, new, length])
-    visible = _visible(new, length, None if allowed is None else allowed[..., :length])
-    if visible is not None:  # a finite number: where a query sees nothing, it must not make NaN
-        scores = paddle.where(visible, scores, -1e30)
-    weights = F.dropout(F.softmax(scores, axis=-1), dropout, training=dropout > 0).astype(value.dtype)
-    out = paddle.matmul(weights.reshape([batch, kv_heads, group * new, length]), value)
+    scores = paddle.matmul(query.reshape([batch, kv_heads, group * new, head_dim]), key, transpose_y=True)
+    weights = F.softmax(mask.hide(scores.astype("float32"), start, stop), axis=-1)
+    weights = F.dropout(weights, dropout, training=True) if dropout else weights
+    out = paddle.matmul(weights.astype(value.dtype), value)
     return out.reshape([batch, kv_heads, group, new, head_dim])
-
-
-def _visible(new, length, allowed):
-    """Which keys the last `new` queries may see, bool [batch or 1, 1, 1, new, length]; None where all see all."""
-    if new == 1 and allowed is None:
-        return None
-    visible = paddle.arange(length) <= paddle.arange(length - new, length).unsqueeze(-1)
-    visible = visible.reshape([1, 1, 1, new, length])
-    return visible if allowed is None else paddle.logical_and(visible, allowed.unsqueeze(1))
 
 
 def _has_flash_attention(query):
