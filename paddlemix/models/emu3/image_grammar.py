@@ -64,6 +64,13 @@ class ImageGrammar:
             return self.eol if position % (width + 1) == width else None
         return (self.eof, self.eoi, self.eos)[position - body] if position < body + 3 else self.pad
 
+    def forced_ids(self, sizes):
+        """`forced` of every position of pictures (h, w), int64 [pictures, positions]: up to the last row end of the
+        longest one, -1 where it is a visual token."""
+        positions = range(max(h * (w + 1) for h, w in sizes))
+        ids = [[self.forced(h, w, p) for p in positions] for h, w in sizes]
+        return np.array([[-1 if i is None else i for i in row] for row in ids], dtype=np.int64)
+
     def encode(self, codes):
         """The ids of a whole picture, BOI to EOI. codes: integer array [h, w] -> list[int]."""
         codes = np.asarray(codes, dtype=np.int64)
