@@ -210,18 +210,82 @@ def test_all_cores_given_are_used(monkeypatch):
     assert threads == [common.available_cores()]
 
 
-def test_ctrl_c_leaves_nothing_half_written(folder):
+def drawing(folder, *arguments):
+    """A drawing of 24 x 24 tokens in a process of its own, when it has kept its first row."""
+    line = f"{DRAW.replace('720', '192').replace('bfloat16', 'float32')} --seed=1 {' '.join(arguments)}"
     process = subprocess.Popen(
-        f"exec {sys.executable} {EXAMPLES}/{DRAW} --seed=1", shell=True, cwd=folder, stdout=subprocess.PIPE, text=True,
+        f"exec {sys.executable} {EXAMPLES}/{line}", shell=True, cwd=folder, stdout=subprocess.PIPE, text=True,
         stderr=subprocess.PIPE,
     )  # fmt: skip
-    line = process.stdout.readline()
-    assert line == "drawing 720 x 720 pixels with seed 1\n"
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    while not (folder / "result_0.tokens.npz").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_drawing_is_resumed(command, folder, ending):
+    process = drawing(folder)
+    process.send_signal(ending)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
-    assert [p.name for p in folder.iterdir()] == ["BAAI"]
+    assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {"BAAI", "result_0.tokens.npz"}
+    if ending == signal.SIGINT:
+        message = "interrupted: the same command with --resume goes on from result_0.tokens.npz"
+        assert process.returncode == 130 and err.strip() == message
+        for other, word in (["--seed=2"], "seed"), (["--prompt=x"], "prompt"), (["--top_k=3"], "its top_k is 2048"):
+            refused(draw(command, "--prompt=a portrait of young girl.", *other, "--resume", size=192), folder, word)
+        (folder / "result_7.tokens.npz").write_text("")
+        refused(draw(command, "--resume", size=192), folder, "result_7.tokens.npz is damaged")
+        (folder / "result_7.tokens.npz").unlink()
+    else:
+        assert process.returncode == -ending and err == ""
+    code, out, _ = draw(command, "--resume", "--stats_json=stats.json", size=192)
+    assert code == 0 and "with seed 1" in out and "going on after" in out
+    assert json.loads((folder / "stats.json").read_text())["forward_passes"] < 24 * 24
+    assert not (folder / "result_0.tokens.npz").exists()
+    code, out, err = draw(command, "--resume", "--seed=1", size=192)
+    assert code == 0 and err == "note: nothing to resume in .: starting\n" and "going on" not in out
+    resumed, whole = (np.asarray(Image.open(folder / f"result_{i}.png")) for i in range(2))
+    assert (resumed == whole).all()
+
+
+def test_preview(command, folder, monkeypatch):
+    """Rows that are not drawn yet are grey; at the end it holds the pictures."""
+    code, _, _ = draw(command, "--ratio", "1:1", "2:1", "--prompt", "a", "b", "--preview=preview.png")
+    both = np.asarray(Image.open(folder / "preview.png"))
+    assert code == 0 and both.shape == (32, 32 + 48, 3)
+    for i, part in enumerate((both[:, :32], both[:24, 32:])):
+        assert (np.asarray(Image.open(folder / f"result_{i}.png")) == part).all()
+
+    from paddlemix.examples.emu3.common import Preview
+    from paddlemix.models.emu3 import ImageGrammar
+
+    class Processor:
+        vision_tokenizer = type("", (), {"spatial_scale_factor": 8})
+        grammar = ImageGrammar(0, 1, 2, 3, 4, 5, 6, first_visual=10, codebook_size=256)
+
+        def decode_image(self, codes):
+            return Image.fromarray(np.kron(codes, np.ones([8, 8])).astype("uint8")).convert("RGB")
+
+    preview = Preview(folder / "p.png", Processor(), [(3, 2), (1, 1)])
+    preview.update(np.array([[210, 211, 3, 212, 213], [214, 3, 4, 2, 5]]))
+    codes = np.array([[200, 201, 204], [202, 203, 255], [128, 128, 255]])  # grey is not drawn yet, white is nothing
+    assert (np.asarray(Image.open(folder / "p.png"))[::8, ::8, 0] == codes).all()
+    before = (folder / "p.png").stat().st_mtime_ns
+    preview.update(np.array([[210, 211, 3, 212], [214, 3, 4, 2]]))  # too soon
+    assert (folder / "p.png").stat().st_mtime_ns == before
+
+
+def test_jacobi_draws_what_step_draws(command, folder):
+    passes = []
+    for decoding in ("step", "jacobi"):
+        code, _, _ = draw(
+            command, "--seed=4", "--temperature=100", f"--decoding={decoding}", "--stats_json=s.json", size=48
+        )
+        assert code == 0
+        passes.append(json.loads((folder / "s.json").read_text())["forward_passes"])
+    step, jacobi = (np.asarray(Image.open(folder / f"result_{i}.png")) for i in range(2))
+    assert (step == jacobi).all() and passes[0] == 36 and passes[1] < 12
 
 
 # --- more of what each can do
@@ -415,6 +479,7 @@ def test_bad_pictures(command, folder, caller, kind, words):
         (["--prompt=bad \udcff byte"], "not UTF-8"),
         (["--stats_json=."], "is no file"),
         (["--stats_json=/dev/null"], "is no file"),
+        (["--preview=."], "--preview . is no file"),
         (["--model_path=a/b--c"], "no name that the hub can have"),
         (["--model_path=nowhere/at/all"], "directory that exists"),
         (["--model_path=BAAI/Emu3-VisionTokenizer"], "emu3.tiktoken"),

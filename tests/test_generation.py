@@ -9,6 +9,7 @@ from paddlenlp.generation import MaxLengthCriteria, StoppingCriteriaList
 from paddlenlp.generation.logits_process import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from paddlemix.models.emu3 import ImageGrammar, generate_images, generate_text
+from paddlemix.models.emu3 import generation_emu3 as generation
 from paddlemix.models.emu3.generation_emu3 import Sampling
 from paddlemix.models.emu3.utils_emu3 import (
     Emu3PrefixConstrainedLogitsHelper,
@@ -94,6 +95,63 @@ def test_seeds_give_the_pictures_they_gave_at_first(language_model, drawn):
     assert [codes.tolist() for codes in pictures.codes] == drawn["codes"]
 
 
+@pytest.mark.parametrize("guidance_scale", [3.0, 1])
+@pytest.mark.parametrize(
+    ("sizes", "window"), [([(4, 3)], 1), ([(3, 5), (4, 3)], 4), ([(1, 1), (2, 6)], 3), ([(3, 4)] * 2, 50)]
+)
+def test_jacobi_draws_the_same_pictures(language_model, sizes, window, guidance_scale):
+    """Where noise decides (high temperatures), guesses made from wrong neighbours are mostly right; else few are."""
+    prompts, negative = PROMPTS[: len(sizes)], NEGATIVE[: len(sizes)]
+    longest = max(h * (w + 1) for h, w in sizes)
+    for seed, settings in enumerate([{}, {"top_k": 1}, {"top_p": 0.9}, {"temperature": 4}, {"temperature": 100}]):
+        how = prompts, sizes, GRAMMAR, negative, guidance_scale, Sampling(seed=seed, **settings)
+        told, rows = [], []
+        step = generate_images(language_model, *how, decoding="step")
+        jacobi = generate_images(
+            language_model, *how, told.append, decoding="jacobi", window=window, on_row=rows.append
+        )  # fmt: skip
+        for codes, expected in zip(jacobi.codes, step.codes, strict=True):
+            np.testing.assert_array_equal(codes, expected)
+        assert sum(told) == sum(GRAMMAR.num_tokens(h, w) for h, w in sizes)
+        assert rows[-1].shape == (len(sizes), longest - 1)
+        assert jacobi.forward_passes <= step.forward_passes
+    assert jacobi.forward_passes < 0.7 * step.forward_passes
+
+
+@pytest.mark.parametrize(("rows", "on_cpu", "window"), [(1, True, 2), (2, True, 0), (8, True, 0), (2, False, 16)])
+def test_auto_chooses_by_device_and_rows(rows, on_cpu, window):
+    assert generation._window("auto", None, rows, on_cpu) == window
+    assert generation._window("step", None, rows, on_cpu) == 0
+    assert generation._window("jacobi", 5, rows, on_cpu) == 5
+
+
+@pytest.mark.parametrize("decoding", ["step", "jacobi"])
+@pytest.mark.parametrize("sizes", [[(4, 3)], [(3, 5), (4, 3)], [(3, 4)] * 2])
+def test_an_interrupted_drawing_goes_on_to_the_same_pictures(language_model, sizes, decoding):
+    how = language_model, PROMPTS[: len(sizes)], sizes, GRAMMAR, NEGATIVE[: len(sizes)], 3.0, Sampling(seed=3)
+    whole, rows = generate_images(*how), []
+    generate_images(*how, decoding="step", on_row=rows.append)
+    [told, left] = [], []
+
+    def interrupt(drawn):
+        left.append(drawn)
+        if len(left) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate_images(*how, decoding=decoding, on_row=interrupt)
+    assert len(left) == 3 and left[1].tolist() == left[2].tolist()  # the latest is told again on its way out
+    for drawn in (left[1], rows[0][:, :2], rows[-1]):  # at a row's end, within a row, and with nothing left to draw
+        told.clear()
+        again = generate_images(*how, told.append, decoding, drawn=drawn)
+        for codes, expected in zip(again.codes, whole.codes, strict=True):
+            np.testing.assert_array_equal(codes, expected)
+        done = sum(min(drawn.shape[1], h * (w + 1) - 1) for h, w in sizes)
+        assert sum(told) == sum(GRAMMAR.num_tokens(h, w) for h, w in sizes) - done
+        assert again.forward_passes < whole.forward_passes
+    assert again.forward_passes == 0
+
+
 def frequencies(sampling, logits, draws=4000):
     logits = paddle.to_tensor(logits, dtype="float32").unsqueeze(0)
     noise = [paddle.to_tensor(sampling.noise(0, position, logits.shape[1])) for position in range(draws)]
@@ -130,6 +188,18 @@ def test_mistakes(language_model):
         generate_images(language_model, [[1, 2]], SIZES[:1], GRAMMAR, NEGATIVE[:1])
     with pytest.raises(ValueError, match="at least one row"):
         generate_images(language_model, PROMPTS[:1], [(0, 3)], GRAMMAR, NEGATIVE[:1])
+    how = language_model, PROMPTS[:1], [(2, 2)], GRAMMAR, NEGATIVE[:1]
+    with pytest.raises(ValueError, match="decoding must be one of auto, step, jacobi, got 'fast'"):
+        generate_images(*how, decoding="fast")
+    with pytest.raises(ValueError, match="window must be 1 or more"):
+        generate_images(*how, decoding="jacobi", window=0)
+    for drawn, words in [
+        (np.array([[256, 256, 256]]), "cannot stand"), (np.array([[256, 3]]), "cannot stand"),
+        (np.array([256]), "pictures, positions"), (np.array([[256], [256]]), "pictures, positions"),
+        (np.array([[256, 256, 206, 256, 256, 206]]), "at most"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            generate_images(*how, drawn=drawn)
     with pytest.raises(ValueError, match="at least one prompt"):
         list(generate_text(language_model, [[]]))
     with pytest.raises(ValueError, match="max_new_tokens"):

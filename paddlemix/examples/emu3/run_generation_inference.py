@@ -2,6 +2,7 @@
 """Draw pictures from prompts."""
 
 import sys
+from dataclasses import replace
 from math import gcd, isqrt
 from pathlib import Path
 
@@ -9,6 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[3])  # this checkout's paddle
 
 from paddlemix.examples.emu3.common import (
     Loading,
+    Preview,
     Stopwatch,
     add_dtype,
     add_model_paths,
@@ -23,6 +25,7 @@ from paddlemix.examples.emu3.common import (
     write_stats,
     wrote,
 )
+from paddlemix.examples.emu3.unfinished import Unfinished, fingerprint
 
 
 def main(args):
@@ -36,7 +39,7 @@ def main(args):
     from paddlemix.processors import Emu3Processor
 
     check_guidance_scale(args.guidance_scale)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, new_seed() if args.seed is None else args.seed)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, 0 if args.seed is None else args.seed)
     settle_size(args)
     prompts, ratios = one_each(args)
     negative = NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt
@@ -49,30 +52,55 @@ def main(args):
     sizes = [tuple(s) for s in positive["image_size"]]
     for ids, ratio, s in {r: (p, r, s) for p, r, s in zip(positive["input_ids"], ratios, sizes, strict=True)}.values():
         warn_if_too_long(model.config, processor, len(ids), ratio, s)
+    unfinished = Unfinished(args, {
+        "prompt": prompts, "negative_prompt": negative, "size": [list(s) for s in sizes], "seed": args.seed,
+        "guidance_scale": args.guidance_scale, "top_k": args.top_k, "top_p": args.top_p,
+        "temperature": args.temperature, "dtype": model.dtype.name.lower(), "checkpoint": fingerprint(model),
+    })  # fmt: skip
+    if unfinished.settings["seed"] is None:
+        unfinished.settings["seed"] = new_seed()
+    sampling = replace(sampling, seed=unfinished.settings["seed"])
     factor = processor.vision_tokenizer.spatial_scale_factor
     drawing = ", ".join(f"{factor * w} x {factor * h}" for h, w in sizes)
     say(f"drawing {drawing} pixels with seed {sampling.seed}")
 
+    kept = 0 if unfinished.drawn is None else sum(min(unfinished.drawn.shape[1], h * (w + 1) - 1) for h, w in sizes)
+    if kept:
+        say(f"going on after {kept} tokens of {unfinished.path}")
     tokens = sum(processor.grammar.num_tokens(h, w) for h, w in sizes)
-    with progress_bar(tokens, " tokens", "drawing") as bar, Stopwatch() as watch:
-        pictures = generate_images(
-            model, positive["input_ids"], sizes, processor.grammar, negative_ids, args.guidance_scale, sampling,
-            on_tokens=bar.update,
-        )  # fmt: skip
-    paths = free_paths(args.output_dir, "result", len(sizes))
-    with Stopwatch() as decode:
-        for i, (path, codes) in enumerate(zip(paths, pictures.codes, strict=True)):
+    preview = Preview(args.preview, processor, sizes) if args.preview else None
+    with unfinished:
+        with progress_bar(tokens, " tokens", "drawing", kept) as bar, Stopwatch() as watch:
+
+            def on_row(drawn):
+                unfinished.save(drawn)
+                rows = [len(processor.grammar.whole_rows(ids, h, w)) for ids, (h, w) in zip(drawn, sizes, strict=True)]
+                bar.set_postfix_str(f"row {sum(rows)} of {sum(h for h, _ in sizes)}")
+                if preview:
+                    preview.update(drawn)
+
+            pictures = generate_images(
+                model, positive["input_ids"], sizes, processor.grammar, negative_ids, args.guidance_scale, sampling,
+                on_tokens=bar.update, decoding=args.decoding, drawn=unfinished.drawn, on_row=on_row,
+            )  # fmt: skip
+        with Stopwatch() as decode:
+            images = [processor.decode_image(codes) for codes in pictures.codes]
+        paths = free_paths(args.output_dir, "result", len(sizes), own=unfinished.path)
+        for i, (path, image) in enumerate(zip(paths, images, strict=True)):
             settings = {
                 "prompt": prompts[i], "negative_prompt": negative, "ratio": ratios[i], "seed": sampling.seed,
                 "image": i, "images": len(sizes), "guidance_scale": args.guidance_scale, "top_k": args.top_k,
                 "top_p": args.top_p, "temperature": args.temperature, "model_path": args.model_path,
                 "vq_model_path": args.vq_model_path, "dtype": model.dtype.name.lower(),
             }  # fmt: skip
-            save_picture(processor.decode_image(codes), path, settings)
-    rate = tokens / watch.seconds
-    say(f"{tokens} tokens in {watch.seconds:.1f} s, {rate:.1f} a second")
+            save_picture(image, path, settings)
+        if preview:
+            preview.show(images)
+        unfinished.finish()
+    rate = (tokens - kept) / watch.seconds
+    say(f"{tokens - kept} tokens in {watch.seconds:.1f} s, {rate:.1f} a second")
     write_stats(
-        args, tokens=tokens, seconds=watch.seconds, tokens_per_s=rate, forward_passes=pictures.forward_passes,
+        args, tokens=tokens - kept, seconds=watch.seconds, tokens_per_s=rate, forward_passes=pictures.forward_passes,
         load_s=load.seconds, decode_s=decode.seconds,
     )  # fmt: skip
     wrote(paths)
@@ -152,5 +180,16 @@ if __name__ == "__main__":
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 is more likely, above 1 more varied")
     parser.add_argument("--seed", type=int, help="the same seed gives the same picture (default: a new one)")
     parser.add_argument("--num_images", type=int, default=1, help="pictures of each prompt, drawn together")
+    parser.add_argument(
+        "--decoding",
+        default="auto",
+        choices=["auto", "step", "jacobi"],
+        help="step: a token a pass; jacobi: many guessed tokens a pass, of which the right ones stay, which gives the "
+        "same picture; auto: jacobi on a GPU, where more tokens a pass cost little, and without guidance, else step",
+    )
+    parser.add_argument("--preview", metavar="FILE", help="a PNG of what is drawn so far, rewritten every few rows")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with what an interrupted run of the same command left"
+    )
     add_dtype(parser)
     run(parser, main)

@@ -126,7 +126,8 @@ def generate_images(
             larger passes. "auto" chooses the faster one for the device.
         window: of "jacobi"; None for a good one.
         drawn: int64 [pictures, positions], what `on_row` was given in an earlier call: go on from there.
-        on_row: called with the tokens so far, as `drawn` takes them, whenever a picture has another row.
+        on_row: called with the tokens so far, as `drawn` takes them, whenever a picture has another row, at the end,
+            and before a KeyboardInterrupt goes on its way.
 
     Returns:
         Pictures. Decoding and `drawn` change the size of the products, thus the rounding of logits, and no token
@@ -155,32 +156,40 @@ def generate_images(
     head = model.lm_head.weight[grammar.first_visual : grammar.first_visual + grammar.codebook_size]
     noise = _Noise(sampling, len(prompts), total, grammar.codebook_size)
     passes, fed = 0, 0
-    while is_open[known:].any():
-        start = known + int(is_open[known:].argmax())
-        end = min(start + 1 + window, total)  # tokens from `start` on are drawn, all but the last also guessed
-        feed = ids[:, fed : end - 1]
-        feed = paddle.concat([feed, feed]) if guided else feed
-        feed = feed if cache.length else paddle.concat([prompt, feed], axis=1)
-        hidden = _last_hidden(model, feed, attention_mask, cache, end - start)
-        logits = linear(hidden, head).astype("float32")
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + guidance_scale * (conditional - unconditional)
-        picked = sampling.pick(logits, noise(start, end)) + grammar.first_visual
-        if (forced[:, start:end] >= 0).any():
-            picked = paddle.where(is_forced[:, start:end], ids[:, start:end], picked)
-        right = 1 if end == start + 1 else _first_right(picked, ids[:, start:end])
-        ids[:, start:end] = picked
-        before, known, fed, passes = known, start + right, start + right - 1, passes + 1
-        cache.length = prompt.shape[1] + fed
-        if on_tokens:
-            on_tokens(int((np.minimum(known, body) - np.minimum(before, body)).sum()))
-        # a row's end is known with its last token
-        if on_row and ends_row[before + 1 : known + 1].any():
+    try:
+        while is_open[known:].any():
+            start = known + int(is_open[known:].argmax())
+            end = min(start + 1 + window, total)  # tokens from `start` on are drawn, all but the last also guessed
+            feed = ids[:, fed : end - 1]
+            feed = paddle.concat([feed, feed]) if guided else feed
+            feed = feed if cache.length else paddle.concat([prompt, feed], axis=1)
+            hidden = _last_hidden(model, feed, attention_mask, cache, end - start)
+            logits = linear(hidden, head).astype("float32")
+            if guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + guidance_scale * (conditional - unconditional)
+            picked = sampling.pick(logits, noise(start, end)) + grammar.first_visual
+            if (forced[:, start:end] >= 0).any():
+                picked = paddle.where(is_forced[:, start:end], ids[:, start:end], picked)
+            right = 1 if end == start + 1 else _first_right(picked, ids[:, start:end])
+            ids[:, start:end] = picked
+            before, known, fed, passes = known, start + right, start + right - 1, passes + 1
+            cache.length = prompt.shape[1] + fed
+            if on_tokens:
+                on_tokens(int((np.minimum(known, body) - np.minimum(before, body)).sum()))
+            # a row's end is known with its last token
+            if on_row and ends_row[before + 1 : known + 1].any():
+                on_row(ids[:, :known].numpy())
+    except KeyboardInterrupt:
+        if on_row and known:
             on_row(ids[:, :known].numpy())
+        raise
+    ids = ids.numpy()
+    if on_row:
+        on_row(ids)
     if on_tokens:
         on_tokens(4 * len(sizes))  # each picture's last row end and the three tokens that close it
-    codes = [grammar.decode(row[:n].tolist()) for row, n in zip(ids.numpy(), body, strict=True)]
+    codes = [grammar.decode(row[:n].tolist()) for row, n in zip(ids, body, strict=True)]
     return Pictures(codes, passes)
 
 

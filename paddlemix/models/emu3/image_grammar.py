@@ -95,6 +95,12 @@ class ImageGrammar:
             return None
         return np.array(rows, dtype=np.int64)
 
+    def whole_rows(self, ids, height, width):
+        """The codes of the rows that a picture's first ids complete, int64 [rows, width]. ids: int64 [positions]."""
+        ids = np.append(ids, self.eol)  # a row is complete without its end
+        rows = min(len(ids) // (width + 1), height)
+        return ids[: rows * (width + 1)].reshape(rows, width + 1)[:, :width] - self.first_visual
+
     def split(self, ids):
         """Ids in pieces: ("text", ids) and, for each BOI ... EOI that holds a picture, ("picture", codes)."""
         pieces, text, start = [], [], None

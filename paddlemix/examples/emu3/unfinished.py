@@ -1,0 +1,97 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The small file that an unfinished drawing leaves, and going on from it."""
+
+import io
+import json
+import os
+import signal
+import zlib
+from pathlib import Path
+
+from paddlemix.examples.emu3.common import free_paths, note
+from paddlemix.utils import InputError, write_atomically
+
+SUFFIX = ".tokens.npz"
+
+
+class Unfinished:
+    """`with Unfinished(...) as unfinished:` around a drawing; Ctrl-C then tells how to go on, and so does a file
+    after a kill.
+
+    Args:
+        args: of the command, with output_dir and resume.
+        settings: what decides which tokens are drawn, as JSON has it; a seed of None is any seed.
+
+    `settings` and `drawn` (int64 [pictures, positions], None at the start) are then what to go on with.
+    """
+
+    def __init__(self, args, settings):
+        self.settings, self.drawn = settings, None
+        self.path = free_paths(args.output_dir, "result", 1)[0].with_suffix(SUFFIX)
+        if args.resume:
+            self._find(Path(args.output_dir))
+
+    def _find(self, folder):
+        """Take the newest file of these settings. InputError: there are only others."""
+        files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime, reverse=True)
+        if not files:
+            note(f"nothing to resume in {folder}: starting")
+            return
+        for path in files:
+            settings, drawn = _read(path)
+            if not _differences(settings, self.settings):
+                self.path, self.settings, self.drawn = path, settings, drawn
+                return
+        differences = "; ".join(_differences(_read(files[0])[0], self.settings))
+        raise InputError(f"{files[0]} is of another drawing: {differences}; repeat its command, or leave out --resume")
+
+    def save(self, drawn):
+        import numpy as np
+
+        self.drawn, file = drawn, io.BytesIO()
+        np.savez_compressed(file, drawn=drawn, settings=json.dumps(self.settings))
+        write_atomically(self.path, file.getvalue())
+
+    def finish(self):
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self):
+        self.terminated = False
+        self.before = signal.signal(signal.SIGTERM, self._terminate)
+        return self
+
+    def _terminate(self, *signal_and_frame):
+        self.terminated = True
+        raise KeyboardInterrupt
+
+    def __exit__(self, kind, error, traceback):
+        signal.signal(signal.SIGTERM, self.before)
+        if self.terminated:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if kind is KeyboardInterrupt and self.drawn is not None:
+            raise KeyboardInterrupt(f"the same command with --resume goes on from {self.path}") from error
+
+
+def _read(path):
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path) as file:
+            return json.loads(str(file["settings"])), file["drawn"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        raise InputError(f"{path} is damaged: remove it, or leave out --resume") from None
+
+
+def _differences(saved, asked):
+    names = [k for k in asked if saved.get(k) != asked[k] and not (k == "seed" and asked[k] is None)]
+    return [f"its {k} is {saved.get(k)!r}, asked for is {asked[k]!r}" for k in names]
+
+
+def fingerprint(model):
+    """A number that tells a model's weights from others': of the first row of each."""
+    value = 0
+    for weight in model.parameters():
+        value = zlib.crc32(weight[0].numpy().tobytes(), value)
+    return value
