@@ -425,7 +425,7 @@ def refused(result, folder, *words):
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (code, err)
     for word in words:
         assert word in lines[0], lines[0]
-    assert not list(folder.glob("*result*")) and not list(folder.glob("*recon*"))
+    assert not list(folder.glob("*result*.png")) and not list(folder.glob("*recon*"))
 
 
 def picture_file(folder, kind):
