@@ -80,7 +80,7 @@ def _read(path):
     try:
         with np.load(path) as file:
             return json.loads(str(file["settings"])), file["drawn"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         raise InputError(f"{path} is damaged: remove it, or leave out --resume") from None
 
 

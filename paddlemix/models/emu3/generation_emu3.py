@@ -131,7 +131,7 @@ def generate_images(
 
     Returns:
         Pictures. Decoding and `drawn` change the size of the products, thus the rounding of logits, and no token
-        unless two candidates are closer than that: about one in 10**5 in float32, more in 16 bits.
+        unless two candidates are closer than that: rare in float32, less so in 16 bits.
     """
     check_guidance_scale(guidance_scale)
     sampling = sampling or Sampling()
