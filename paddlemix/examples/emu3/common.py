@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from paddlemix.utils import InputError, peak_host_memory, replacing, write_atomically
+from paddlemix.utils import InputError, available_cores, peak_host_memory, replacing, write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -174,16 +174,6 @@ def _start_paddle(args):
             f"{'a CUDA' if paddle.is_compiled_with_cuda() else 'a CPU'} build with "
             f"{paddle.device.cuda.device_count()} cards"
         ) from None
-
-
-def available_cores():
-    """Cores that this process may use: its affinity, less where the container's quota is less."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores
 
 
 def usable_dtype(dtype):

@@ -15,6 +15,7 @@ from paddle import nn
 
 from paddlemix.utils import InputError
 
+from . import vision_engine
 from .checkpoint import CheckpointMixin, require_memory
 from .configuration_emu3 import Emu3VisionVQConfig
 
@@ -227,6 +228,8 @@ class Encoder(nn.Layer):
 
     def encode_frames(self, x):
         """[N, 3, H, W] -> [N, z, h, w]"""
+        if vision_engine.can_run(self, x):
+            return vision_engine.encode_frames(self, x)
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
@@ -273,6 +276,8 @@ class Decoder(nn.Layer):
 
     def decode_frames(self, z, zq):
         """Latents and quantized latents [N, z, h, w] -> [N, 3, H, W]"""
+        if vision_engine.can_run(self, z, zq):
+            return vision_engine.decode_frames(self, z, zq)
         h = self.mid(self.conv_in(z), zq)
         for level in reversed(self.up):
             h = level(h, zq)
