@@ -341,7 +341,7 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
     def latents(self, pixel_values):
         """What is quantized: [B, 3, H, W] or [B, T, 3, H, W] -> [B, T / 4 (1 of a picture), h, w, embed_dim]."""
         self._check_pixels(pixel_values)
-        self._require_memory(math.prod(pixel_values.shape) // self.config.in_channels)
+        self._require_memory(self.encoder, math.prod(pixel_values.shape[:-3]), math.prod(pixel_values.shape[-2:]))
         pixel_values = pixel_values.astype(self.dtype)
         frames = self.config.temporal_downsample_factor
         if pixel_values.ndim == 4:
@@ -383,7 +383,8 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
         self._check_codes(codes)
         is_picture = codes.ndim == 3
         frames = 1 if is_picture else self.config.temporal_downsample_factor
-        self._require_memory(math.prod(codes.shape) * frames * self.spatial_scale_factor**2)
+        pixels = math.prod(codes.shape[-2:]) * self.spatial_scale_factor**2
+        self._require_memory(self.decoder, math.prod(codes.shape[:-2]) * frames, pixels)
         if is_picture:
             codes = codes.unsqueeze(1)
         quantized = self.quantize.embedding(codes).transpose([0, 4, 1, 2, 3])  # [B, embed_dim, t, h, w]
@@ -395,11 +396,13 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
         pixels = self.decoder.decode_frames(z.flatten(0, 1), zq.flatten(0, 1))
         return pixels if is_picture else pixels.reshape([*z.shape[:2], *pixels.shape[1:]])
 
-    def _require_memory(self, pixels):
-        """On a CPU Paddle's convolutions take 20 times the first level's features at least (measured)."""
+    def _require_memory(self, half, frames, pixels):
+        """On a CPU: what the features of the first level take, times what was measured."""
         if self.quantize.embedding.weight.place.is_cpu_place():
-            size = 20 * pixels * self.config.ch * self.quantize.embedding.weight.element_size()
-            require_memory(size, f"for {pixels} pixels at once")
+            # vision_engine takes one frame after another
+            times, at_once = (7, pixels) if vision_engine.can_run(half) else (20, frames * pixels)
+            size = times * at_once * self.config.ch * self.quantize.embedding.weight.element_size()
+            require_memory(size, f"for {at_once} pixels at once")
 
     def _check_pixels(self, pixel_values):
         config = self.config
