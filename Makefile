@@ -12,6 +12,11 @@ RUN := .venv/bin/python
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install -qq --use-pep517
 
+# The benchmark's peer, Hugging Face transformers, cannot share an environment with PaddleNLP. PEER_PYTHON=... names a
+# Python that has it already.
+PEER_NEEDS := benchmarks/peer/requirements.txt
+PEER_PYTHON ?= .venv-peer/bin/python
+
 OUT := demo_output
 PICTURE := paddlemix/demo_images/emu3_demo.png
 SCENE := paddlemix/demo_images/emu3_scene.png
@@ -22,7 +27,7 @@ MINI := tools/mini
 MINI_PYTHON := .venv-mini/bin/python
 MINI_RUN ?= mini_run
 
-.PHONY: help venv demo eval mini lint test clean asked-again
+.PHONY: help venv demo eval mini bench lint test clean asked-again
 
 help:
 	@echo "make demo   draw, answer and autoencode with Emu3-Mini, which comes with the package; results in $(OUT)/"
@@ -31,6 +36,7 @@ help:
 	@echo "make test   ruff and pytest"
 	@echo "make lint   ruff alone"
 	@echo "make venv   .venv with all that is needed; the others make it themselves"
+	@echo "make bench  side by side with transformers, into benchmarks/RESULTS.md; BENCH=--quick takes minutes, not an hour"
 	@echo "make clean  remove all of that"
 	@echo
 	@echo "PYTHON=...  the Python to use: 3.10, 3.11 or 3.12"
@@ -89,6 +95,15 @@ lint: venv
 test: lint
 	$(RUN) -m pytest
 
+.venv-peer/ready: $(PEER_NEEDS) | .venv/ready
+	@echo "Making .venv-peer with transformers and PyTorch: some minutes the first time"
+	@$(RUN) -m venv --clear .venv-peer
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-peer/bin/python -m pip install -qq -r $(PEER_NEEDS)
+	@touch $@
+
+bench: venv $(if $(filter .venv-peer/%,$(PEER_PYTHON)),.venv-peer/ready)
+	$(RUN) benchmarks/bench.py --peer_python=$(PEER_PYTHON) $(BENCH)
+
 clean:
-	rm -rf .venv .venv-mini $(OUT) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-mini .venv-peer benchmarks/run $(OUT) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
