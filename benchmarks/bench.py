@@ -62,11 +62,12 @@ def main():
     limits = {key: {k: v for r in rates for k, v in r[key].items()} for key in rates[0] if key.endswith("_per_s")}
     path = args.directory / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
+    common = {"limits": limits, "versions": {k: v for r in rates for k, v in r["versions"].items()}}
+    common["machine"] = machine(args.threads)
     for part in QUICK if args.quick else args.parts:
         kind, size = part.split("-")
         result = (measure_vision if kind == "vision" else measure_drawing)(args, int(size))
-        versions = {k: v for r in rates for k, v in r["versions"].items()}
-        results[part] = {**result, "limits": limits, "versions": versions, "machine": machine(args.threads)}
+        results[part] = {**result, **common}
         write_atomically(path, json.dumps(results, indent=1) + "\n")
         write_atomically(args.report, report(results))
         print(summary(part, results[part]), flush=True)

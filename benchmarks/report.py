@@ -179,9 +179,9 @@ def gpu_arithmetic(config, side=90, read_per_s=3.35e12, operations_per_s=989e12)
 
 No GPU was at hand. **This is arithmetic, not measurement.** The released model of {parameters / 1e9:.2f} billion
 parameters in bfloat16, one picture of {side} x {side} codes with guidance (two rows of a batch), on an H100 SXM that
-reads {read_per_s / 1e12} TB/s: a step reads {layers / 1e9:.2f} GB of layers, {head / 1e9:.2f} GB of the head (its visual
-rows) and on average {(read - layers - head) / 1e9:.2f} GB of keys and values, {read / 1e9:.2f} GB in all, which takes
-{1e3 * seconds:.1f} ms at the least.
+reads {read_per_s / 1e12} TB/s: a step reads {layers / 1e9:.2f} GB of layers, {head / 1e9:.2f} GB of the head (its
+visual rows) and on average {(read - layers - head) / 1e9:.2f} GB of keys and values, {read / 1e9:.2f} GB in
+all, which takes {1e3 * seconds:.1f} ms at the least.
 
 | codes accepted a pass | codes a second at most | a picture at the least |
 |---|---|---|
