@@ -52,11 +52,11 @@ def crop(photo, height, width, rng):
     return part[:, ::-1] if rng.random() < 0.5 else part
 
 
-def batch(rng, photos, count):
-    """Two thirds scenes, the others crops of photographs, of one size: [count, 3, height, width]"""
-    canvas = CANVASES[rng.choice(3, p=[0.6, 0.2, 0.2])]
+def batch(rng, photos, count, scenes=2 / 3, canvas=None):
+    """A share of scenes, the others crops of photographs, of one size: [count, 3, height, width]"""
+    canvas = canvas or CANVASES[rng.choice(3, p=[0.6, 0.2, 0.2])]
     pictures = [
-        render(random_scene(rng, canvas=canvas, held=False)) if i < 2 * count // 3
+        render(random_scene(rng, canvas=canvas, held=False)) if i < int(scenes * count + 0.5)
         else crop(photos[rng.integers(len(photos))], *canvas, rng)
         for i in range(count)
     ]  # fmt: skip
@@ -175,14 +175,15 @@ def polish(args):
         first = state["step"]
     bar = tqdm(range(first, args.polish_steps), initial=first, total=args.polish_steps, mininterval=5)
     for step in bar:
-        pixels = batch(np.random.default_rng([args.seed, 1, step]), photos, args.batch)
-        with torch.no_grad(), autocast():
-            codes = model.encode(pixels)
-        with autocast():
-            out = model.decode(codes).float()
-        loss = reconstruction_loss(out, pixels)
+        rng, loss = np.random.default_rng([args.seed, 1, step]), 0.0
+        for pixels in (batch(rng, photos, args.batch // 2, 1), batch(rng, photos, args.batch // 6, 0, (128, 128))):
+            with torch.no_grad():
+                codes = model.encode(pixels)
+            with autocast():
+                out = model.decode(codes).float()
+            loss = loss + reconstruction_loss(out, pixels)
         descend(optimizers, weights, loss, learning_rate(step, args.polish_steps, args.polish_lr))
-        if step % 100 == 99 or step == args.polish_steps - 1:
+        if step % 50 == 49 or step == args.polish_steps - 1:
             bar.write(f"polishing {step + 1}: loss {float(loss):.4f}, {progress.line(model)}")
             save(
                 f"{args.out}/polished.pt",
@@ -264,7 +265,7 @@ if __name__ == "__main__":
     parser.add_argument("--commitment", type=float, default=0.1)
     parser.add_argument("--polish_lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--polish_steps", type=int, default=600, help="for the decoder alone, after the others")
+    parser.add_argument("--polish_steps", type=int, default=200, help="for the decoder alone, after the others")
     parser.add_argument("--only_polish", action="store_true")
     args = parser.parse_args()
     if not args.only_polish:
