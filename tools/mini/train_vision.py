@@ -24,10 +24,11 @@ PHOTOS = (  # chelsea, the cat, is the demo picture: never among these
     "ihc.png", "brick.png", "grass.png", "gravel.png", "camera.png", "moon.png", "coins.png",
 )  # fmt: skip
 DECAY = 0.98
+LARGE = 128  # pixels a side of the photographs that polish the decoder
 
 
-def photographs():
-    """The photographs, uint8 [height, width, 3] each, at full, half and quarter size."""
+def photographs(least_side):
+    """The photographs, uint8 [height, width, 3] each, at full size, a half, a third and a quarter."""
     import skimage
     import sklearn
 
@@ -39,7 +40,7 @@ def photographs():
         for k in (1, 2, 3, 4):
             small = image.resize((image.width // k, image.height // k), Image.LANCZOS)
             photos.append(np.asarray(small))
-    return [p for p in photos if min(p.shape[:2]) >= 64]
+    return [p for p in photos if min(p.shape[:2]) >= least_side]
 
 
 def to_tensor(pictures):
@@ -163,8 +164,9 @@ class Progress:
 def polish(args):
     """Train the decoder alone, on codes that no longer change: what the language model has learnt stays true."""
     torch.manual_seed(args.seed)
-    photos, model, progress = photographs(), VisionTokenizer(), Progress()
+    photos, model, progress = photographs(LARGE), VisionTokenizer(), Progress()
     model.load_state_dict(load(f"{args.out}/vision.pt")["model"])
+    model.train()
     weights = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
     optimizers = make_optimizers(weights)
     state, first = load(f"{args.out}/polished.pt"), 0
@@ -176,14 +178,14 @@ def polish(args):
     bar = tqdm(range(first, args.polish_steps), initial=first, total=args.polish_steps, mininterval=5)
     for step in bar:
         rng, loss = np.random.default_rng([args.seed, 1, step]), 0.0
-        for pixels in (batch(rng, photos, args.batch // 2, 1), batch(rng, photos, args.batch // 6, 0, (128, 128))):
+        for pixels in (batch(rng, photos, args.batch // 2, 1), batch(rng, photos, args.batch // 6, 0, (LARGE, LARGE))):
             with torch.no_grad():
                 codes = model.encode(pixels)
             with autocast():
                 out = model.decode(codes).float()
             loss = loss + reconstruction_loss(out, pixels)
         descend(optimizers, weights, loss, learning_rate(step, args.polish_steps, args.polish_lr))
-        if step % 50 == 49 or step == args.polish_steps - 1:
+        if step % 25 == 24 or step == args.polish_steps - 1:
             bar.write(f"polishing {step + 1}: loss {float(loss):.4f}, {progress.line(model)}")
             save(
                 f"{args.out}/polished.pt",
@@ -195,7 +197,7 @@ def polish(args):
 
 def train(args):
     torch.manual_seed(args.seed)
-    photos, model, progress = photographs(), VisionTokenizer(), Progress()
+    photos, model, progress = photographs(max(map(max, CANVASES))), VisionTokenizer(), Progress()
     model.quantize.embedding.weight.requires_grad_(False)
     book = Codebook(model.quantize.embedding)
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -263,9 +265,9 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=24, help="pictures of 64 x 64 pixels")
     parser.add_argument("--locality", type=float, default=0.3, help="weight of: equal surroundings, equal latents")
     parser.add_argument("--commitment", type=float, default=0.1)
-    parser.add_argument("--polish_lr", type=float, default=1e-3)
+    parser.add_argument("--polish_lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--polish_steps", type=int, default=200, help="for the decoder alone, after the others")
+    parser.add_argument("--polish_steps", type=int, default=110, help="for the decoder alone, after the others")
     parser.add_argument("--only_polish", action="store_true")
     args = parser.parse_args()
     if not args.only_polish:
