@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What the training programs share: checkpoints to go on from, and the learning rate's course."""
+"""What the training programs share: checkpoints to go on from, a step of training, the learning rate's course."""
 
 import math
 import os
@@ -19,6 +19,34 @@ def save(path, **state):
 def load(path):
     """The checkpoint at a path, or None where there is none."""
     return torch.load(path, weights_only=False) if Path(path).is_file() else None
+
+
+def save_training(path, step, model, optimizers, **more):
+    """A checkpoint after `step` steps, from which `resume` goes on."""
+    save(path, step=step, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], **more)
+
+
+def resume(path, model, optimizers):
+    """Go on from a checkpoint: what it holds, of which "step" is the steps done; those are 0 where there is none."""
+    state = load(path)
+    if state is None:
+        return {"step": 0}
+    model.load_state_dict(state["model"])
+    for optimizer, kept in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(kept)
+    return state
+
+
+def descend(optimizers, weights, loss, rate):
+    """A step down the gradient of `loss`, whose norm over `weights` is cut to 1, at a learning rate."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
 
 
 def learning_rate(step, steps, peak, warmup=50):

@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import learning_rate, load, save
+from common import descend, learning_rate, load, resume, save, save_training
 from torch_vision import VisionTokenizer
 from tqdm import tqdm
 from train_vision import autocast, to_tensor
@@ -128,12 +128,7 @@ def train(args):
     tokenizer, grammar, pairs, held = prepare(args)
     model = Emu3ForCausalLM(text_config(tokenizer, args))
     optimizers = make_optimizers(model)
-    state, first = load(f"{args.out}/language.pt"), 0
-    if state:
-        model.load_state_dict(state["model"])
-        first = state["step"]
-        for optimizer, kept in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(kept)
+    first = resume(f"{args.out}/language.pt", model, optimizers)["step"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {len(pairs)} scenes")
     test = batch(np.random.default_rng(2), held, tokenizer, grammar, 32, 32)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=5)
@@ -141,14 +136,8 @@ def train(args):
         rng = np.random.default_rng([args.seed, step])
         ids, labels = batch(rng, pairs, tokenizer, grammar, args.drawings, args.answers)
         drawing, answering = losses(model, ids, labels, args.drawings)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        (drawing + 0.5 * answering).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.lr, warmup=100)
-            optimizer.step()
+        rate = learning_rate(step, args.steps, args.lr, warmup=100)
+        descend(optimizers, model.parameters(), drawing + 0.5 * answering, rate)
         if step % 100 == 99 or step == args.steps - 1:
             with torch.no_grad():
                 new = losses(model, *test, 32)
@@ -156,13 +145,7 @@ def train(args):
                 f"step {step + 1}: drawing {float(drawing):.3f}, answering {float(answering):.3f}; "
                 f"held out {float(new[0]):.3f}, {float(new[1]):.3f}"
             )
-            save(
-                f"{args.out}/language.pt",
-                model=model.state_dict(),
-                step=step + 1,
-                optimizers=[o.state_dict() for o in optimizers],
-                config=model.config.to_dict(),
-            )
+            save_training(f"{args.out}/language.pt", step + 1, model, optimizers, config=model.config.to_dict())
 
 
 if __name__ == "__main__":

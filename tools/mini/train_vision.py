@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import ConvMuon, learning_rate, load, psnr, save
+from common import ConvMuon, descend, learning_rate, load, psnr, resume, save_training
 from PIL import Image
 from torch_vision import VisionTokenizer
 from tqdm import tqdm
@@ -130,17 +130,6 @@ def make_optimizers(weights):
     return [ConvMuon([w for w, is_inner in zip(weights, inner) if is_inner]), adam]
 
 
-def descend(optimizers, weights, loss, rate):
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(weights, 1.0)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-
-
 class Progress:
     """What a run prints: the held-out scenes' and the demo photograph's PSNR, and how local codes are."""
 
@@ -169,12 +158,7 @@ def polish(args):
     model.train()
     weights = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
     optimizers = make_optimizers(weights)
-    state, first = load(f"{args.out}/polished.pt"), 0
-    if state:
-        model.load_state_dict(state["model"])
-        for optimizer, kept in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(kept)
-        first = state["step"]
+    first = resume(f"{args.out}/polished.pt", model, optimizers)["step"]
     bar = tqdm(range(first, args.polish_steps), initial=first, total=args.polish_steps, mininterval=5)
     for step in bar:
         rng, loss = np.random.default_rng([args.seed, 1, step]), 0.0
@@ -187,12 +171,7 @@ def polish(args):
         descend(optimizers, weights, loss, learning_rate(step, args.polish_steps, args.polish_lr))
         if step % 25 == 24 or step == args.polish_steps - 1:
             bar.write(f"polishing {step + 1}: loss {float(loss):.4f}, {progress.line(model)}")
-            save(
-                f"{args.out}/polished.pt",
-                model=model.state_dict(),
-                optimizers=[o.state_dict() for o in optimizers],
-                step=step + 1,
-            )
+            save_training(f"{args.out}/polished.pt", step + 1, model, optimizers)
 
 
 def train(args):
@@ -202,12 +181,10 @@ def train(args):
     book = Codebook(model.quantize.embedding)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(weights)
-    state, first = load(f"{args.out}/vision.pt"), 0
-    if state:
-        model.load_state_dict(state["model"])
-        for optimizer, kept in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(kept)
-        book.count, book.total, first = state["count"], state["total"], state["step"]
+    state = resume(f"{args.out}/vision.pt", model, optimizers)
+    first = state["step"]
+    if first:
+        book.count, book.total = state["count"], state["total"]
     model.train()
     used = torch.zeros(model.config["codebook_size"])
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=5)
@@ -246,14 +223,9 @@ def train(args):
             perplexity = float(torch.exp(-(share * (share + 1e-9).log()).sum()))
             measured = progress.line(model) if step >= args.quantize_at else "not quantized yet"
             bar.write(f"step {step + 1}: loss {float(loss):.4f}, {measured}, perplexity {perplexity:.0f}")
-            save(
-                f"{args.out}/vision.pt",
-                model=model.state_dict(),
-                optimizers=[o.state_dict() for o in optimizers],
-                count=book.count,
-                total=book.total,
-                step=step + 1,
-            )
+            save_training(
+                f"{args.out}/vision.pt", step + 1, model, optimizers, count=book.count, total=book.total
+            )  # fmt: skip
 
 
 if __name__ == "__main__":
