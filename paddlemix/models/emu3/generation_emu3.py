@@ -140,60 +140,93 @@ def generate_images(
     rows = [*prompts, *negative_prompts] if guided else list(prompts)
     window = _window(decoding, window, len(rows), model.lm_head.weight.place.is_cpu_place())
 
-    forced = grammar.forced_ids(sizes)[:, :-1]  # what follows the last visual token is known without the model
-    known, total = 0, forced.shape[1]
-    ids = np.where(forced < 0, grammar.first_visual, forced)
-    if drawn is not None:
-        known = _check_drawn(drawn, forced, grammar)
-        ids[:, :known] = drawn
-    ids, is_forced = paddle.to_tensor(ids), paddle.to_tensor(forced >= 0)  # drawn, guessed, or forced
-    is_open = (forced < 0).any(axis=0)  # some picture has a visual token there
-    ends_row = (forced == grammar.eol).any(axis=0)
-    body = np.array([h * (w + 1) - 1 for h, w in sizes])
-
-    prompt, attention_mask = _pad_left(rows, grammar.pad, total)
-    cache = model.make_cache(len(rows), prompt.shape[1] + total)
+    drawing = _Drawing(sizes, grammar, window, drawn)
+    prompt, attention_mask = _pad_left(rows, grammar.pad, drawing.total)
+    cache = model.make_cache(len(rows), prompt.shape[1] + drawing.total)
     head = model.lm_head.weight[grammar.first_visual : grammar.first_visual + grammar.codebook_size]
-    noise = _Noise(sampling, len(prompts), total, grammar.codebook_size)
-    passes, fed = 0, 0
+    noise = _Noise(sampling, len(prompts), drawing.total, grammar.codebook_size)
+    passes = 0
     try:
-        while is_open[known:].any():
-            start = known + int(is_open[known:].argmax())
-            end = min(start + 1 + window, total)  # tokens from `start` on are drawn, all but the last also guessed
-            feed = ids[:, fed : end - 1]
+        while span := drawing.next_span():
+            feed = drawing.ids[:, drawing.fed : span.stop - 1]
             feed = paddle.concat([feed, feed]) if guided else feed
             feed = feed if cache.length else paddle.concat([prompt, feed], axis=1)
-            hidden = _last_hidden(model, feed, attention_mask, cache, end - start)
+            hidden = _last_hidden(model, feed, attention_mask, cache, span.stop - span.start)
             logits = linear(hidden, head).astype("float32")
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + guidance_scale * (conditional - unconditional)
-            sampled = picked = sampling.pick(logits, noise(start, end)) + grammar.first_visual
-            if (forced[:, start:end] >= 0).any():
-                picked = paddle.where(is_forced[:, start:end], ids[:, start:end], sampled)
-            right = 1 if end == start + 1 else _first_right(picked, ids[:, start:end])
-            ids[:, start:end] = picked
-            if window:  # what comes new into the next window: more of the same is the best first guess
-                new = slice(end, min(end + right + 1, total))
-                ids[:, new] = paddle.where(is_forced[:, new], ids[:, new], sampled[:, -1:])
-            before, known, fed, passes = known, start + right, start + right - 1, passes + 1
-            cache.length = prompt.shape[1] + fed
+            added, row_ended = drawing.take(span, sampling.pick(logits, noise(span)) + grammar.first_visual)
+            cache.length = prompt.shape[1] + drawing.fed
+            passes += 1
             if on_tokens:
-                on_tokens(int((np.minimum(known, body) - np.minimum(before, body)).sum()))
-            # a row's end is known with its last token
-            if on_row and ends_row[before + 1 : known + 1].any():
-                on_row(ids[:, :known].numpy())
+                on_tokens(added)
+            if on_row and row_ended:
+                on_row(drawing.drawn())
     except KeyboardInterrupt:
-        if on_row and known:
-            on_row(ids[:, :known].numpy())
+        if on_row and drawing.known:
+            on_row(drawing.drawn())
         raise
-    ids = ids.numpy()
+    drawing.known = drawing.total
     if on_row:
-        on_row(ids)
+        on_row(drawing.drawn())
     if on_tokens:
         on_tokens(4 * len(sizes))  # each picture's last row end and the three tokens that close it
-    codes = [grammar.decode(row[:n].tolist()) for row, n in zip(ids, body, strict=True)]
-    return Pictures(codes, passes)
+    return Pictures(drawing.codes(), passes)
+
+
+class _Drawing:
+    """The pictures' tokens, [pictures, total]: drawn up to `known`, from there on forced by the grammar or guessed.
+
+    What follows the longest picture's last visual token is left out: it is known without the model.
+    """
+
+    def __init__(self, sizes, grammar, window, drawn=None):
+        self.grammar, self.window = grammar, window
+        self.forced = grammar.forced_ids(sizes)[:, :-1]
+        self.total = self.forced.shape[1]
+        ids = np.where(self.forced < 0, grammar.first_visual, self.forced)
+        self.known = 0 if drawn is None else _check_drawn(drawn, self.forced, grammar)
+        self.fed = 0  # tokens whose keys and values the cache holds for good
+        if drawn is not None:
+            ids[:, : self.known] = drawn
+        self.ids, self.is_forced = paddle.to_tensor(ids), paddle.to_tensor(self.forced >= 0)
+        self.is_open = (self.forced < 0).any(axis=0)  # some picture has a visual token there
+        self.ends_row = (self.forced == grammar.eol).any(axis=0)
+        self.body = np.array([h * (w + 1) - 1 for h, w in sizes])
+
+    def next_span(self):
+        """The positions that the next pass draws, all but the last also guessed: a slice, None at the end."""
+        if not self.is_open[self.known :].any():
+            return None
+        start = self.known + int(self.is_open[self.known :].argmax())
+        return slice(start, min(start + 1 + self.window, self.total))
+
+    def take(self, span, sampled):
+        """Take the tokens sampled for a span, int64 [pictures, span], as far as they follow right guesses.
+
+        Returns how many tokens the pictures gained, and whether one has a row more.
+        """
+        picked = sampled
+        if (self.forced[:, span] >= 0).any():
+            picked = paddle.where(self.is_forced[:, span], self.ids[:, span], sampled)
+        right = 1 if span.stop == span.start + 1 else _first_right(picked, self.ids[:, span])
+        self.ids[:, span] = picked
+        if self.window:  # what comes new into the next span: more of the same is the best first guess
+            new = slice(span.stop, min(span.stop + right + 1, self.total))
+            self.ids[:, new] = paddle.where(self.is_forced[:, new], self.ids[:, new], sampled[:, -1:])
+        before, self.known, self.fed = self.known, span.start + right, span.start + right - 1
+        added = np.minimum(self.known, self.body) - np.minimum(before, self.body)
+        # a row's end is known with its last token
+        return int(added.sum()), bool(self.ends_row[before + 1 : self.known + 1].any())
+
+    def drawn(self):
+        """The tokens up to `known`, int64 [pictures, known]."""
+        return self.ids[:, : self.known].numpy()
+
+    def codes(self):
+        """Each picture's codes, int64 [h, w]."""
+        return [self.grammar.decode(row[:n].tolist()) for row, n in zip(self.ids.numpy(), self.body, strict=True)]
 
 
 def _window(decoding, window, rows, on_cpu):
@@ -225,10 +258,11 @@ class _Noise:
         self.sampling, self.images, self.total, self.size = sampling, images, total, size
         self.first = self.end = 0
 
-    def __call__(self, start, end):
-        """float32 [images, end - start, size]; None if nothing is drawn by chance."""
+    def __call__(self, span):
+        """float32 [images, span, size]; None if nothing is drawn by chance."""
         if self.sampling.is_greedy:
             return None
+        start, end = span.start, span.stop
         if end > self.end:
             self.first, self.end = start, max(end, min(start + self.AHEAD, self.total))
             positions = range(self.first, self.end)
