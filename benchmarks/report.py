@@ -43,7 +43,7 @@ def vision_operations(config, pixels):
         if i < last:
             encode += conv(outputs, outputs, pixels >> (i + 1))  # downsampling
         if i:
-            decode += conv(outputs, outputs, pixels >> (i - 1))  # upsampling
+            decode += conv(outputs, outputs, pixels >> (i - 1)) * 4 // 9  # upsampling: of 9 pixels 4 are different
     return {"encode": encode, "decode": decode}
 
 

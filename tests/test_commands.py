@@ -4,6 +4,7 @@
 Whole processes where the start matters; elsewhere the script is run in this process, to save Paddle's start.
 """
 
+import argparse
 import json
 import os
 import re
@@ -176,6 +177,26 @@ def test_ctrl_c_while_loading(folder, seconds):
     assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
 
 
+def test_drawings_in_one_folder_keep_their_own_tokens(tmp_path, capsys):
+    from paddlemix.examples.emu3.unfinished import Unfinished
+
+    def unfinished(prompt, resume=False):
+        return Unfinished(argparse.Namespace(output_dir=str(tmp_path), resume=resume), {"prompt": prompt})
+
+    first, second, gone = unfinished("a"), unfinished("b"), unfinished("c")
+    first.save(np.array([[1]]))
+    second.save(np.array([[2]]))
+    assert unfinished("a", resume=True).drawn == 1 and unfinished("b", resume=True).drawn == 2
+    first.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["result_1.tokens.npz"]
+    assert capsys.readouterr().err == ""
+    gone.folder = tmp_path / "gone"
+    for _ in range(2):
+        gone.save(np.array([[3]]))
+    gone.finish()
+    assert gone.drawn is None and capsys.readouterr().err.count("drawing on") == 1
+
+
 def test_being_ended_prints_nothing(folder):
     process = subprocess.Popen(
         f"exec {sys.executable} {EXAMPLES}/{DRAW} --seed=1", shell=True, cwd=folder, stdout=subprocess.PIPE,
@@ -234,7 +255,7 @@ def test_an_interrupted_drawing_is_resumed(command, folder, ending):
         assert process.returncode == 130 and err.strip() == message
         for other, word in (["--seed=2"], "seed"), (["--prompt=x"], "prompt"), (["--top_k=3"], "its top_k is 2048"):
             refused(draw(command, "--prompt=a portrait of young girl.", *other, "--resume", size=192), folder, word)
-        (folder / "result_7.tokens.npz").write_text("")
+        (folder / "result_7.tokens.npz").write_text("torn")
         refused(draw(command, "--resume", size=192), folder, "result_7.tokens.npz is damaged")
         (folder / "result_7.tokens.npz").unlink()
     else:

@@ -196,7 +196,8 @@ def test_mistakes(language_model):
     for drawn, words in [
         (np.array([[256, 256, 256]]), "cannot stand"), (np.array([[256, 3]]), "cannot stand"),
         (np.array([256]), "pictures, positions"), (np.array([[256], [256]]), "pictures, positions"),
-        (np.array([[256, 256, 206, 256, 256, 206]]), "at most"),
+        (np.array([[256, 256, 206, 256, 256, 206]]), "at most"), (np.array([[256.5]]), "int64"),
+        ([[3]], "cannot stand"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             generate_images(*how, drawn=drawn)

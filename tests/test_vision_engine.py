@@ -119,6 +119,14 @@ def test_what_it_leaves_to_the_eager_layers(calls, monkeypatch):
     encode(lambda model: model.to(dtype="float64"), pixels.astype("float64"))
     encode(lambda model: model.encoder.mid.register_forward_post_hook(lambda layer, x, y: 2 * y))
     encode(lambda model: setattr(model.encoder.mid.attn_1, "proj_out", Halved(32, 32, 1)))
+    conv = paddle.nn.Conv2D
+    for other in (
+        conv(32, 32, 3, padding=2, dilation=2), conv(32, 32, 3, padding=1, padding_mode="reflect"),
+        conv(32, 32, 3, padding=1, bias_attr=False), conv(32, 32, 3, padding=1, groups=2),
+        paddle.nn.Sequential(conv(32, 32, 3, padding=1), paddle.nn.Tanh()),
+    ):  # fmt: skip
+        encode(lambda model, other=other: setattr(model.encoder.mid.block_1, "conv1", other))
+    encode(lambda model: setattr(model.encoder, "norm_out", paddle.nn.BatchNorm2D(32)))
     with paddle.enable_grad():
         encode(lambda model: None)
     with monkeypatch.context() as patch:

@@ -237,7 +237,7 @@ def save_picture(image, path, text=None):
         with replacing(path) as temporary:
             image.save(temporary, format="PNG", pnginfo=info)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}: give another --output_dir") from None
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 class Preview:
@@ -263,7 +263,11 @@ class Preview:
             rows = grammar.whole_rows(ids, h, w)
             if len(rows):
                 pictures[-1].paste(self.processor.decode_image(rows), (0, 0))
-        self.show(pictures)
+        try:
+            self.show(pictures)
+        except InputError as error:
+            note(f"{error}; drawing on without a preview")
+            return
         now = time.monotonic()
         self.next = now + 9 * (now - started)
 

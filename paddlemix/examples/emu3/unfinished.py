@@ -26,14 +26,15 @@ class Unfinished:
     """
 
     def __init__(self, args, settings):
-        self.settings, self.drawn = settings, None
-        self.path = free_paths(args.output_dir, "result", 1)[0].with_suffix(SUFFIX)
+        self.settings, self.drawn, self.folder, self.path = settings, None, args.output_dir, None
+        self.failed = False
         if args.resume:
             self._find(Path(args.output_dir))
 
     def _find(self, folder):
         """Take the newest file of these settings. InputError: there are only others."""
-        files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime, reverse=True)
+        files = [p for p in folder.glob(f"*{SUFFIX}") if p.stat().st_size]  # an empty one is a name claimed
+        files.sort(key=lambda p: p.stat().st_mtime, reverse=True)
         if not files:
             note(f"nothing to resume in {folder}: starting")
             return
@@ -48,12 +49,30 @@ class Unfinished:
     def save(self, drawn):
         import numpy as np
 
-        self.drawn, file = drawn, io.BytesIO()
+        file = io.BytesIO()
         np.savez_compressed(file, drawn=drawn, settings=json.dumps(self.settings))
-        write_atomically(self.path, file.getvalue())
+        try:
+            self.path = self.path or self._claim()
+            write_atomically(self.path, file.getvalue())
+            self.drawn = drawn
+        except OSError as error:  # a full disk may have room again when the picture is done
+            if not self.failed:
+                note(f"cannot keep what is drawn so far in {self.folder}: {error.strerror}; drawing on")
+            self.failed = True
+
+    def _claim(self):
+        """A name that no other command takes at the same time."""
+        while True:
+            path = free_paths(self.folder, "result", 1)[0].with_suffix(SUFFIX)
+            try:
+                path.touch(exist_ok=False)
+                return path
+            except FileExistsError:
+                pass
 
     def finish(self):
-        self.path.unlink(missing_ok=True)
+        if self.path:
+            self.path.unlink(missing_ok=True)
 
     def __enter__(self):
         self.terminated = False

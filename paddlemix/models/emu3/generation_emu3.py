@@ -273,8 +273,12 @@ class _Noise:
 
 def _check_drawn(drawn, forced, grammar):
     """The number of positions in `drawn`; InputError where they are none of these pictures'."""
-    if drawn.ndim != 2 or len(drawn) != len(forced) or drawn.shape[1] > forced.shape[1]:
-        raise InputError(f"drawn must be [pictures, positions], at most {forced.shape}, got {drawn.shape}")
+    drawn = np.asarray(drawn)
+    shape = drawn.shape
+    if drawn.dtype.kind != "i" or len(shape) != 2 or shape[0] != len(forced) or shape[1] > forced.shape[1]:
+        raise InputError(
+            f"drawn must be int64 [pictures, positions], at most {list(forced.shape)}, got {drawn.dtype} {list(shape)}"
+        )
     expected = forced[:, : drawn.shape[1]]
     is_visual = (grammar.first_visual <= drawn) & (drawn < grammar.first_visual + grammar.codebook_size)
     if not np.where(expected < 0, is_visual, drawn == expected).all():
@@ -313,12 +317,12 @@ def generate_text(model, prompts, max_new_tokens=1024):
     ended = np.zeros(len(prompts), dtype=bool)
     for _ in range(max_new_tokens):
         hidden = _last_hidden(model, input_ids, attention_mask, cache)[:, 0]
-        picked = model.lm_head(hidden).argmax(axis=-1).numpy()
+        input_ids = model.lm_head(hidden).argmax(axis=-1, keepdim=True)
+        picked = input_ids[:, 0].numpy()
         ended |= picked == config.eos_token_id
         yield [None if end else int(token) for token, end in zip(picked, ended, strict=True)]
         if ended.all():
             return
-        input_ids = paddle.to_tensor(np.where(ended, config.pad_token_id, picked)).unsqueeze(1)
 
 
 def _pad_left(rows, pad, room):

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import paddle
+from paddle import nn
 
 from . import onednn
 
@@ -19,7 +20,9 @@ BAND = 1 << 19  # numbers of a picture that are scaled and shifted at once: they
 def can_run(half, *inputs):
     """Whether the encoder or decoder can compute here: float32 on a CPU in eval mode, no gradients wanted, the
     layers as they were made."""
-    layers, tensors = half.sublayers(include_self=True), [*half.parameters(), *inputs]
+    tensors = [*half.parameters(), *inputs]
+    # the temporal layers compute by themselves, before or after
+    layers = [half] + [layer for name, layer in half.named_sublayers() if not name.startswith("time_")]
     return (
         onednn.load() is not None
         and paddle.in_dynamic_mode()
@@ -30,9 +33,15 @@ def can_run(half, *inputs):
 
 
 def _is_plain(layer):
-    """Not in training, not replaced by another class, and nothing hooked in or compiled."""
+    """Not in training, a layer as the architecture has it, and nothing hooked in or compiled."""
     hooks = layer._forward_pre_hooks or layer._forward_post_hooks or "forward" in vars(layer)
-    return not layer.training and not hooks and type(layer).__module__.startswith(("paddle.nn.", __package__))
+    if layer.training or hooks:
+        return False
+    if type(layer) is nn.Conv2D:  # stride 2 is the downsampling's, which pads by itself
+        pad = 0 if layer._stride == [2, 2] else layer._kernel_size[0] // 2
+        how = layer._padding, layer._padding_mode, layer._dilation, layer._groups, layer._data_format
+        return how == (pad, "zeros", [1, 1], 1, "NCHW") and layer.bias is not None
+    return type(layer).__module__.startswith(__package__) or type(layer) in (nn.LayerList, nn.Dropout)
 
 
 def encode_frames(encoder, pixels):
