@@ -4,9 +4,14 @@
 The model is the Emu3 language model of transformers; hidden matrices are trained with Muon, the rest with AdamW.
 Scenes are drawn and turned into codes once, then kept. `--out` holds that and the checkpoints; a run that was
 cut short goes on from the last.
+
+A code tells mostly of its place, and a little of the whole picture, too little to be seen: a fifth of the codes differ
+between scenes whose places look alike. To draw, the model is taught the commonest code of each kind of place alone;
+pictures made of those read as well. To answer, it sees the codes as they are.
 """
 
 import argparse
+from collections import Counter, defaultdict
 
 import numpy as np
 import torch
@@ -17,7 +22,7 @@ from tqdm import tqdm
 from train_vision import autocast, to_tensor
 from transformers import Emu3ForCausalLM, Emu3TextConfig
 from vocabulary import CHAT, NEGATIVE_PROMPT, POSITIVE_PROMPT, write
-from world import CANVASES, caption, questions, random_scene, render
+from world import BOX, CANVASES, caption, questions, random_scene, render
 
 from paddlemix.models.emu3.image_grammar import ImageGrammar
 
@@ -49,6 +54,37 @@ def coded_scenes(vision, count, seed, held=False):
     return pairs
 
 
+def places(scene, shape):
+    """What is to be seen at each code of a scene: objects within BOX and where they stand, and the background."""
+    height, width = shape
+    horizon = scene.height // 16
+    for row in range(height):
+        for column in range(width):
+            x, y = 8 * column, 8 * row
+            near = [
+                (t.shape, t.colour, t.size, t.x - x, t.y - y)
+                for t in scene.things
+                if max(abs(t.x - x - 4), abs(t.y - y - 4)) < BOX // 2
+            ]
+            level = min(max(row - horizon, -2), 1) if len(scene.background) == 2 else 0
+            yield scene.background, level, tuple(sorted(near))
+
+
+def settled(pairs, more):
+    """(Scene, codes, the commonest codes of its places) for each pair of both lists; the first list is counted."""
+    counts = defaultdict(Counter)
+    for scene, codes in tqdm(pairs, desc="commonest codes", mininterval=10):
+        for place, code in zip(places(scene, codes.shape), codes.ravel().tolist()):
+            counts[place][code] += 1
+    commonest = {place: count.most_common(1)[0][0] for place, count in counts.items()}
+
+    def settle(scene, codes):
+        found = [commonest.get(place, code) for place, code in zip(places(scene, codes.shape), codes.ravel().tolist())]
+        return scene, codes, np.array(found).reshape(codes.shape)
+
+    return [[settle(*pair) for pair in some] for some in (pairs, more)]
+
+
 def drawing_row(rng, scene, codes, tokenizer, grammar):
     """Ids and labels of a drawing. One in ten has no caption: nothing, or what guidance leads away from."""
     text = caption(scene, rng.random() < 0.35, rng)
@@ -78,12 +114,15 @@ def answering_row(rng, scene, codes, tokenizer, grammar):
     return prompt + answer, [IGNORED] * len(prompt) + answer
 
 
-def batch(rng, pairs, tokenizer, grammar, drawings, answers):
+def batch(rng, scenes, tokenizer, grammar, drawings, answers):
     """Ids and labels, int64 [drawings + answers, length], padded on the right."""
     rows = []
     for i in range(drawings + answers):
-        make = drawing_row if i < drawings else answering_row
-        rows.append(make(rng, *pairs[rng.integers(len(pairs))], tokenizer, grammar))
+        scene, codes, settled_codes = scenes[rng.integers(len(scenes))]
+        if i < drawings:
+            rows.append(drawing_row(rng, scene, settled_codes, tokenizer, grammar))
+        else:
+            rows.append(answering_row(rng, scene, codes, tokenizer, grammar))
     width = max(len(ids) for ids, _ in rows)
     ids = torch.full([len(rows), width], grammar.pad)
     labels = torch.full([len(rows), width], IGNORED)
@@ -111,7 +150,7 @@ def make_optimizers(model):
 
 
 def prepare(args):
-    """(tokenizer, grammar, scenes to train on, held-out scenes)"""
+    """(tokenizer, grammar, scenes to train on, held-out scenes), the scenes as `settled` gives them"""
     vision = VisionTokenizer().eval()
     vision.load_state_dict(load(args.vision or f"{args.out}/vision.pt")["model"])
     tokenizer = write(f"{args.out}/vocabulary", vision.config["codebook_size"], POSITIONS)
@@ -120,21 +159,21 @@ def prepare(args):
     if not cache:
         cache = {"train": coded_scenes(vision, args.scenes, args.seed), "held": coded_scenes(vision, 200, 1, held=True)}
         save(f"{args.out}/codes.pt", **cache)
-    return tokenizer, grammar, cache["train"], cache["held"]
+    return tokenizer, grammar, *settled(cache["train"], cache["held"])
 
 
 def train(args):
     torch.manual_seed(args.seed)
-    tokenizer, grammar, pairs, held = prepare(args)
+    tokenizer, grammar, scenes, held = prepare(args)
     model = Emu3ForCausalLM(text_config(tokenizer, args))
     optimizers = make_optimizers(model)
     first = resume(f"{args.out}/language.pt", model, optimizers)["step"]
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {len(pairs)} scenes")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {len(scenes)} scenes")
     test = batch(np.random.default_rng(2), held, tokenizer, grammar, 32, 32)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=5)
     for step in bar:
         rng = np.random.default_rng([args.seed, step])
-        ids, labels = batch(rng, pairs, tokenizer, grammar, args.drawings, args.answers)
+        ids, labels = batch(rng, scenes, tokenizer, grammar, args.drawings, args.answers)
         drawing, answering = losses(model, ids, labels, args.drawings)
         rate = learning_rate(step, args.steps, args.lr, warmup=100)
         descend(optimizers, model.parameters(), drawing + 0.5 * answering, rate)
