@@ -27,6 +27,7 @@ from world import BOX, CANVASES, caption, questions, random_scene, render
 from paddlemix.models.emu3.image_grammar import ImageGrammar
 
 POSITIONS = 1024
+SHARES = (0.25, 0.5, 0.25)  # of a batch, scenes of one, two and three objects: more are harder
 IGNORED = -100
 
 
@@ -71,7 +72,7 @@ def places(scene, shape):
 
 
 def settled(pairs, more):
-    """(Scene, codes, the commonest codes of its places) for each pair of both lists; the first list is counted."""
+    """(Scene, codes, the commonest codes of its places) for each pair of both lists, `by_number`; the first counts."""
     counts = defaultdict(Counter)
     for scene, codes in tqdm(pairs, desc="commonest codes", mininterval=10):
         for place, code in zip(places(scene, codes.shape), codes.ravel().tolist()):
@@ -82,7 +83,12 @@ def settled(pairs, more):
         found = [commonest.get(place, code) for place, code in zip(places(scene, codes.shape), codes.ravel().tolist())]
         return scene, codes, np.array(found).reshape(codes.shape)
 
-    return [[settle(*pair) for pair in some] for some in (pairs, more)]
+    return [by_number([settle(*pair) for pair in some]) for some in (pairs, more)]
+
+
+def by_number(scenes):
+    """Those of one, of two and of three objects."""
+    return [[s for s in scenes if len(s[0].things) == number] for number in (1, 2, 3)]
 
 
 def drawing_row(rng, scene, codes, tokenizer, grammar):
@@ -115,10 +121,11 @@ def answering_row(rng, scene, codes, tokenizer, grammar):
 
 
 def batch(rng, scenes, tokenizer, grammar, drawings, answers):
-    """Ids and labels, int64 [drawings + answers, length], padded on the right."""
+    """Ids and labels, int64 [drawings + answers, length], padded on the right. scenes: of one, two, three objects."""
     rows = []
     for i in range(drawings + answers):
-        scene, codes, settled_codes = scenes[rng.integers(len(scenes))]
+        some = scenes[rng.choice(3, p=SHARES)]
+        scene, codes, settled_codes = some[rng.integers(len(some))]
         if i < drawings:
             rows.append(drawing_row(rng, scene, settled_codes, tokenizer, grammar))
         else:
@@ -168,7 +175,7 @@ def train(args):
     model = Emu3ForCausalLM(text_config(tokenizer, args))
     optimizers = make_optimizers(model)
     first = resume(f"{args.out}/language.pt", model, optimizers)["step"]
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {len(scenes)} scenes")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {sum(map(len, scenes))} scenes")
     test = batch(np.random.default_rng(2), held, tokenizer, grammar, 32, 32)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=5)
     for step in bar:
@@ -191,8 +198,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="mini_run", help="checkpoints and codes")
     parser.add_argument("--vision", help="the vision tokenizer's checkpoint (default: the one in --out)")
-    parser.add_argument("--steps", type=int, default=2700)
-    parser.add_argument("--scenes", type=int, default=18000, help="to train on")
+    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--scenes", type=int, default=40000, help="to train on")
     parser.add_argument("--drawings", type=int, default=32, help="a batch")
     parser.add_argument("--answers", type=int, default=16, help="a batch")
     parser.add_argument("--hidden", type=int, default=192)
