@@ -153,7 +153,7 @@ SECTIONS = (
         """\
 First call: for ours as runs of `autoencode.py` tell it (median of two), for transformers the first call in its process;
 loading is not in it. The limit: the operations of one frame at the best rate measured for a float32 matrix product or
-convolution. transformers computes four equal frames.""",
+convolution; of those that follow a doubling, 4 of 9 products. transformers computes four equal frames.""",
     ),
     (
         "Drawing with guidance: hidden 1024 x 8 layers over the real vocabulary",

@@ -28,6 +28,7 @@ from paddlemix.models.emu3.image_grammar import ImageGrammar
 
 POSITIONS = 1024
 SHARES = (0.25, 0.5, 0.25)  # of a batch, scenes of one, two and three objects: more are harder
+KINDS = {"colour": 3, "shape": 3, "relation": 3, "describe": 2, "count": 1, "background": 1}  # of questions: how often
 IGNORED = -100
 
 
@@ -111,7 +112,8 @@ def answering_row(rng, scene, codes, tokenizer, grammar):
     """Ids and labels of a question and its answer."""
     asked = questions(scene, rng.random() < 0.35)
     kinds = sorted({kind for kind, _, _ in asked})
-    kind = kinds[rng.integers(len(kinds))]
+    weights = np.array([KINDS[kind] for kind in kinds])
+    kind = rng.choice(kinds, p=weights / weights.sum())
     asked = [(question, answer) for k, question, answer in asked if k == kind]
     question, answer = asked[rng.integers(len(asked))]
     prompt = [tokenizer.bos_token_id, *tokenizer.encode(CHAT[0]), *grammar.encode(codes)]
@@ -201,7 +203,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--scenes", type=int, default=40000, help="to train on")
     parser.add_argument("--drawings", type=int, default=32, help="a batch")
-    parser.add_argument("--answers", type=int, default=16, help="a batch")
+    parser.add_argument("--answers", type=int, default=24, help="a batch")
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--lr", type=float, default=4e-3)
