@@ -237,7 +237,7 @@ def save_picture(image, path, text=None):
         with replacing(path) as temporary:
             image.save(temporary, format="PNG", pnginfo=info)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+        raise InputError(f"cannot write {path}: {error.strerror or error}: give another --output_dir") from None
 
 
 class Preview:
@@ -265,8 +265,8 @@ class Preview:
                 pictures[-1].paste(self.processor.decode_image(rows), (0, 0))
         try:
             self.show(pictures)
-        except InputError as error:
-            note(f"{error}; drawing on without a preview")
+        except InputError:
+            note(f"cannot write {self.path}: drawing on without a preview")
             return
         now = time.monotonic()
         self.next = now + 9 * (now - started)
