@@ -29,6 +29,7 @@ from paddlemix.models.emu3.image_grammar import ImageGrammar
 POSITIONS = 1024
 SHARES = (0.25, 0.5, 0.25)  # of a batch, scenes of one, two and three objects: more are harder
 KINDS = {"colour": 3, "shape": 3, "relation": 3, "describe": 2, "count": 1, "background": 1}  # of questions: how often
+TURNS = 4  # questions about one scene: an answer is a token or two, the scene hundreds
 IGNORED = -100
 
 
@@ -109,17 +110,24 @@ def drawing_row(rng, scene, codes, tokenizer, grammar):
 
 
 def answering_row(rng, scene, codes, tokenizer, grammar):
-    """Ids and labels of a question and its answer."""
+    """Ids and labels of up to TURNS questions with their answers. A description would tell the rest: it stands alone."""
     asked = questions(scene, rng.random() < 0.35)
-    kinds = sorted({kind for kind, _, _ in asked})
-    weights = np.array([KINDS[kind] for kind in kinds])
-    kind = rng.choice(kinds, p=weights / weights.sum())
-    asked = [(question, answer) for k, question, answer in asked if k == kind]
-    question, answer = asked[rng.integers(len(asked))]
-    prompt = [tokenizer.bos_token_id, *tokenizer.encode(CHAT[0]), *grammar.encode(codes)]
-    prompt += tokenizer.encode(question + CHAT[1], allow_special=False)
-    answer = [*tokenizer.encode(answer), tokenizer.eos_token_id]
-    return prompt + answer, [IGNORED] * len(prompt) + answer
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(CHAT[0]), *grammar.encode(codes)]
+    labels = [IGNORED] * len(ids)
+    for turn in range(TURNS):
+        kinds = sorted({kind for kind, _, _ in asked})
+        weights = np.array([KINDS[kind] for kind in kinds])
+        kind = rng.choice(kinds, p=weights / weights.sum())
+        some = [(question, answer) for k, question, answer in asked if k == kind]
+        question, answer = some[rng.integers(len(some))]
+        prompt = tokenizer.encode((" USER: " if turn else "") + question + CHAT[1], allow_special=False)
+        answer = [*tokenizer.encode(answer), tokenizer.eos_token_id]
+        ids += prompt + answer
+        labels += [IGNORED] * len(prompt) + answer
+        asked = [a for a in asked if a[0] != "describe" and a[1] != question]
+        if kind == "describe":
+            break
+    return ids, labels
 
 
 def batch(rng, scenes, tokenizer, grammar, drawings, answers):
@@ -185,7 +193,7 @@ def train(args):
         ids, labels = batch(rng, scenes, tokenizer, grammar, args.drawings, args.answers)
         drawing, answering = losses(model, ids, labels, args.drawings)
         rate = learning_rate(step, args.steps, args.lr, warmup=100)
-        descend(optimizers, model.parameters(), drawing + 0.5 * answering, rate)
+        descend(optimizers, model.parameters(), drawing + answering, rate)
         if step % 100 == 99 or step == args.steps - 1:
             with torch.no_grad():
                 new = losses(model, *test, 32)
@@ -200,7 +208,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="mini_run", help="checkpoints and codes")
     parser.add_argument("--vision", help="the vision tokenizer's checkpoint (default: the one in --out)")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=4300)
     parser.add_argument("--scenes", type=int, default=40000, help="to train on")
     parser.add_argument("--drawings", type=int, default=32, help="a batch")
     parser.add_argument("--answers", type=int, default=24, help="a batch")
