@@ -110,7 +110,7 @@ def drawing_row(rng, scene, codes, tokenizer, grammar):
 
 
 def answering_row(rng, scene, codes, tokenizer, grammar):
-    """Ids and labels of up to TURNS questions with their answers. A description would tell the rest: it stands alone."""
+    """Ids and labels of up to TURNS questions and their answers; a description, which tells the rest, stands alone."""
     asked = questions(scene, rng.random() < 0.35)
     ids = [tokenizer.bos_token_id, *tokenizer.encode(CHAT[0]), *grammar.encode(codes)]
     labels = [IGNORED] * len(ids)
