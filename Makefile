@@ -27,12 +27,13 @@ MINI := tools/mini
 MINI_PYTHON := .venv-mini/bin/python
 MINI_RUN ?= mini_run
 
-.PHONY: help venv demo eval mini bench lint test clean asked-again
+.PHONY: help venv ops demo eval mini bench lint test clean asked-again
 
 help:
 	@echo "make demo   draw, answer and autoencode with Emu3-Mini, which comes with the package; results in $(OUT)/"
 	@echo "make eval   measure Emu3-Mini on scenes that its training left out"
 	@echo "make mini   train Emu3-Mini anew with PyTorch, from data to files: hours on a CPU"
+	@echo "make ops    compile the custom operators into .venv (paddlemix/external_ops)"
 	@echo "make test   ruff and pytest"
 	@echo "make lint   ruff alone"
 	@echo "make venv   .venv with all that is needed; the others make it themselves"
@@ -69,6 +70,17 @@ endif
 	@$(if $(PADDLE_ASKED),echo '$(PADDLE_ASKED)' > $(PADDLE_FILE))
 	@touch $@
 
+OPS := paddlemix/external_ops
+OPS_SOURCES := $(wildcard $(OPS)/setup.py $(OPS)/modules/*.py $(OPS)/*.h $(foreach kind,h cc cu cuh,$(OPS)/*/*.$(kind)))
+
+ops: .venv/ops
+
+# setup.py's own log is hundreds of lines: it is shown where the build fails.
+.venv/ops: $(OPS_SOURCES) .venv/ready
+	@echo "Compiling the operators: a minute or two"
+	@cd $(OPS) && ../../$(RUN) setup.py install > ../../.venv/ops.log 2>&1 || { cat ../../.venv/ops.log >&2; exit 1; }
+	@touch $@
+
 demo: venv
 	$(RUN) $(EXAMPLES)/run_generation_inference.py --model_path=emu3-mini --seed=1 --dtype=float32 --output_dir=$(OUT) \
 		--guidance_scale=1.5 --temperature=0.5 --prompt "a large red circle on a white background."
@@ -92,7 +104,7 @@ mini: .venv-mini/ready
 lint: venv
 	$(RUN) -m ruff check .
 
-test: lint
+test: lint ops
 	$(RUN) -m pytest
 
 .venv-peer/ready: $(PEER_NEEDS) | .venv/ready
@@ -105,5 +117,5 @@ bench: venv $(if $(filter .venv-peer/%,$(PEER_PYTHON)),.venv-peer/ready)
 	$(RUN) benchmarks/bench.py --peer_python=$(PEER_PYTHON) $(BENCH)
 
 clean:
-	rm -rf .venv .venv-mini .venv-peer benchmarks/run $(OUT) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-mini .venv-peer benchmarks/run $(OUT) build $(OPS)/build $(OPS)/modules/*.egg-info dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

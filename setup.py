@@ -14,7 +14,11 @@ setup(
     description="Emu3, BAAI's native multimodal model, on PaddlePaddle",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
-    packages=find_namespace_packages(include=["paddlemix", "paddlemix.*"]),
-    package_data={"": ["*.png", "*.json", "*.md", "*.txt", "*.tiktoken", "*.safetensors"]},
+    packages=find_namespace_packages(
+        include=["paddlemix", "paddlemix.*"], exclude=["*.build", "*.build.*", "*.egg-info"]
+    ),
+    package_data={
+        "": ["*.png", "*.json", "*.md", "*.txt", "*.tiktoken", "*.safetensors", "*.cc", "*.cu", "*.cuh", "*.h"],
+    },
     install_requires=install_requires,
 )

@@ -1,0 +1,33 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Custom operators. `make ops` builds them as the module `emu3_ops`; without it the same is computed with Paddle.
+
+EMU3_OPS=0 in the environment leaves them out.
+"""
+
+import functools
+import logging
+import os
+
+
+@functools.cache
+def operators():
+    """The compiled module, None where there is none."""
+    if os.environ.get("EMU3_OPS") == "0":
+        return None
+    try:
+        import emu3_ops
+    except ImportError as error:
+        built = not isinstance(error, ModuleNotFoundError)
+        why = f"do not load ({error})" if built else "are not built"
+        logging.getLogger(__name__).warning(
+            "paddlemix.external_ops: the operators %s, Paddle's are used: slower; `make ops` builds them", why
+        )
+        return None
+    return emu3_ops
+
+
+def operators_for(*tensors):
+    """The compiled module where it computes on the device that the tensors are on, else None."""
+    ops = operators()
+    on_gpu = any(tensor.place.is_gpu_place() for tensor in tensors)
+    return None if on_gpu and not hasattr(ops, "emu3_ops_cuda") else ops

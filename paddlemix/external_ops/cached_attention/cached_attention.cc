@@ -1,0 +1,56 @@
+// Licensed under the Apache License, Version 2.0; see LICENSE.
+// cached_attention: Paddle's side of cached_attention.h.
+#include "cached_attention.h"
+
+#include "paddle/extension.h"
+
+namespace {
+
+using paddle::DataType;
+using paddle::Tensor;
+
+std::vector<Tensor> CachedAttention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                    const paddle::optional<Tensor>& allowed, int64_t length) {
+  const auto q = query.shape(), k = key.shape();
+  PD_CHECK(q.size() == 4 && k.size() == 4 && value.shape() == k && q[0] == k[0] && q[3] == k[3] && q[2] % k[1] == 0,
+           "query must be [B, new, H, D], key and value [B, kv, room, D]");
+  PD_CHECK(q[1] <= length && length <= k[2], "length must be at least the new tokens and at most the room");
+  PD_CHECK(query.dtype() == DataType::FLOAT32 && key.dtype() == value.dtype(), "query must be float32, key as value");
+  PD_CHECK(!allowed || (allowed->dtype() == DataType::BOOL && allowed->numel() == q[0] * length),
+           "allowed must be bool [B, length]");
+  Tensor out = paddle::empty({q[0], q[1], q[2] * q[3]}, DataType::FLOAT32, query.place());
+  const cached_attention::Problem problem{query.data<float>(),
+                                          key.data(),
+                                          value.data(),
+                                          allowed ? allowed->data<bool>() : nullptr,
+                                          out.data<float>(),
+                                          q[0],
+                                          q[1],
+                                          q[2],
+                                          k[1],
+                                          q[3],
+                                          length,
+                                          k[2]};
+  switch (key.dtype()) {
+    case DataType::FLOAT32:
+      cached_attention::attention<float>(problem);
+      break;
+    case DataType::BFLOAT16:
+      cached_attention::attention<simd::bfloat16>(problem);
+      break;
+    case DataType::FLOAT16:
+      cached_attention::attention<simd::float16>(problem);
+      break;
+    default:
+      PD_THROW("cached_attention takes keys and values of float32, bfloat16 or float16");
+  }
+  return {out};
+}
+
+}  // namespace
+
+PD_BUILD_OP(cached_attention)
+    .Inputs({"Query", "Key", "Value", paddle::Optional("Allowed")})
+    .Outputs({"Out"})
+    .Attrs({"length: int64_t"})
+    .SetKernelFn(PD_KERNEL(CachedAttention));

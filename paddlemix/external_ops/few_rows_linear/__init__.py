@@ -1,0 +1,148 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""A linear layer for few rows on a CPU: float32 activations, weights of 32, 16, 8 or 4 bits.
+
+With few rows the time goes into reading the weights, so the compiled operator reads them once, in the bits that they
+are kept in, and widens them in registers. Without it the same is computed with Paddle, more slowly.
+"""
+
+import math
+
+import paddle
+import paddle.nn.functional as F
+
+from paddlemix.utils import InputError
+
+from .. import operators
+
+FEW_ROWS = 16  # so many rows are computed while the weights are read once; more go by blocks
+GROUP = 128  # inputs that share a scale in 4 bits
+CHUNK = 1 << 24  # weights a time where they are widened with Paddle: never a whole large matrix in float32
+TINY = 1e-30  # a row or group of nothing larger becomes zeros: the inverse of its scale could overflow
+FLOATS = (paddle.float32, paddle.bfloat16, paddle.float16)
+
+
+def few_rows_linear(x, weight, scale=None):
+    """x times the transposed weight, without bias; on a CPU.
+
+    Args:
+        x: float32 [..., in].
+        weight: float32 or bfloat16 [out, in]; or int8 [out, in] or uint8 [out, ceil(in / 128) * 64], as `quantize`
+            gives them.
+        scale: of int8 float32 [out], of uint8 float32 [out, ceil(in / 128)]; None for floats.
+
+    Returns:
+        float32 [..., out]
+    """
+    _check(x.shape[-1], weight, scale)
+    if x.dtype != paddle.float32:
+        raise InputError(f"few_rows_linear takes float32 activations, got {x.dtype}: cast them")
+    if (ops := operators()) and not _wants_gradient(x, weight):
+        return ops.few_rows_linear(x, weight, scale)
+    rows = x.reshape([-1, x.shape[-1]])
+    return _with_paddle(rows, weight, scale).reshape([*x.shape[:-1], weight.shape[0]])
+
+
+def quantize(weight, bits):
+    """Round a weight to 8 or 4 bits, symmetrically and to the nearest.
+
+    Args:
+        weight: float32, bfloat16 or float16 [out, in].
+        bits: 8: a scale for each output. 4: a scale for each output and group of 128 inputs.
+
+    Returns:
+        8 bits: int8 [out, in] of -127 to 127, scale float32 [out].
+        4 bits: uint8 [out, ceil(in / 128) * 64], scale float32 [out, ceil(in / 128)]. Byte j of a group's 64 holds
+        input j in its low and input j + 64 in its high four bits, -7 to 7 as 1 to 15; missing inputs are 0.
+    """
+    if bits not in (8, 4):
+        raise InputError(f"weights are quantized to 8 or 4 bits, got {bits}")
+    if weight.ndim != 2 or weight.dtype not in FLOATS:
+        raise InputError(f"a weight to quantize must be float [out, in], got {weight.dtype} {list(weight.shape)}")
+    if ops := operators():
+        weight, scale = ops.quantize_weight(weight, bits)
+    else:
+        pieces = [_quantize(weight[rows], bits) for rows in _chunks(weight.shape)]
+        weight, scale = (paddle.concat(parts) if len(parts) > 1 else parts[0] for parts in zip(*pieces))
+    if not bool(paddle.isfinite(scale).all()):
+        raise InputError("a weight to quantize must be finite, this one holds NaN or infinity")
+    return weight, scale
+
+
+def dequantize(weight, scale, in_features):
+    """What `quantize` gave, as float32 [out, in_features]."""
+    _check(in_features, weight, scale)
+    if weight.dtype == paddle.int8:
+        return weight.astype("float32") * scale.unsqueeze(-1)
+    out, groups = scale.shape
+    high = (weight >> 4).astype("float32")
+    low = weight.astype("float32") - 16.0 * high
+    codes = paddle.concat([x.reshape([out, groups, GROUP // 2]) for x in (low, high)], axis=-1) - 8.0
+    return (codes * scale.unsqueeze(-1)).reshape([out, groups * GROUP])[:, :in_features]
+
+
+def _check(in_features, weight, scale):
+    groups = math.ceil(in_features / GROUP)
+    kinds = {  # dtype: (columns of the weight, shape of the scale after [out])
+        paddle.float32: (in_features, None),
+        paddle.bfloat16: (in_features, None),
+        paddle.int8: (in_features, []),
+        paddle.uint8: (groups * GROUP // 2, [groups]),
+    }
+    if weight.dtype not in kinds:
+        raise InputError(f"a weight must be float32, bfloat16, int8 or uint8 (4 bits), got {weight.dtype}")
+    columns, shape = kinds[weight.dtype]
+    if weight.ndim != 2 or weight.shape[1] != columns:
+        raise InputError(
+            f"a {weight.dtype} weight for {in_features} inputs must be [out, {columns}], got {weight.shape}"
+        )
+    shape = None if shape is None else [weight.shape[0], *shape]
+    if (None if scale is None else list(scale.shape)) != shape:
+        got = None if scale is None else list(scale.shape)
+        raise InputError(f"the scale of a {weight.dtype} weight {weight.shape} must be {shape}, got {got}")
+
+
+def _wants_gradient(*tensors):
+    return paddle.is_grad_enabled() and not all(t.stop_gradient for t in tensors)
+
+
+def _chunks(shape):
+    step = max(1, CHUNK // max(1, shape[1]))
+    return [slice(start, start + step) for start in range(0, shape[0], step)]
+
+
+def _with_paddle(x, weight, scale):
+    """x [rows, in] -> [rows, out]"""
+    if weight.dtype != paddle.float32:
+        in_features = x.shape[1]
+        out = []
+        for rows in _chunks([weight.shape[0], in_features]):
+            part = weight[rows]
+            part = part.astype("float32") if scale is None else dequantize(part, scale[rows], in_features)
+            out.append(paddle.matmul(x, part, transpose_y=True))
+        return paddle.concat(out, axis=-1) if len(out) > 1 else out[0]
+    rows = x.shape[0]
+    if rows > 6:
+        return paddle.matmul(x, weight, transpose_y=True)
+    # Paddle's matmul reads a weight at twice the rate when it comes first, and for one row alone at half the rate of
+    # two. The result [out, rows] is turned by one dense copy, which takes a tenth of the time of making a transposed
+    # view contiguous.
+    pair = x if rows > 1 else x.tile([2, 1])
+    out = paddle.matmul(weight, pair, transpose_y=True)
+    return F.channel_shuffle(out.reshape([1, -1, 1, 1]), weight.shape[0]).reshape([pair.shape[0], -1])[:rows]
+
+
+def _quantize(weight, bits):
+    weight = weight.astype("float32")
+    largest, (out, columns) = 2 ** (bits - 1) - 1, weight.shape
+    if bits == 4:
+        padding = -columns % GROUP
+        weight = (F.pad(weight, [0, 0, 0, padding]) if padding else weight).reshape([-1, GROUP])
+    size = weight.abs().max(axis=-1)
+    inverse = paddle.where(size < TINY, paddle.zeros_like(size), largest / size)
+    codes = (weight * inverse.unsqueeze(-1)).round()
+    scale = size / largest
+    if bits == 8:
+        return codes.astype("int8"), scale
+    codes = (codes + 8.0).reshape([out, -1, 2, GROUP // 2])
+    packed = codes[:, :, 0] + 16.0 * codes[:, :, 1]
+    return packed.astype("uint8").reshape([out, -1]), scale.reshape([out, -1])

@@ -1,0 +1,78 @@
+// Licensed under the Apache License, Version 2.0; see LICENSE.
+// few_rows_linear, quantize_weight: Paddle's side of few_rows_linear.h. __init__.py checks what is given.
+#include "few_rows_linear.h"
+
+#include "paddle/extension.h"
+
+namespace {
+
+using paddle::DataType;
+using paddle::Tensor;
+
+std::vector<Tensor> FewRowsLinear(const Tensor& x, const Tensor& weight, const paddle::optional<Tensor>& scale) {
+  const int64_t in = x.shape().back(), out = weight.shape()[0];
+  std::vector<int64_t> shape = x.shape();
+  shape.back() = out;
+  Tensor y = paddle::empty(shape, DataType::FLOAT32, x.place());
+  const few_rows_linear::Problem problem{x.data<float>(),
+                                         weight.data(),
+                                         scale ? scale->data<float>() : nullptr,
+                                         y.data<float>(),
+                                         in ? x.numel() / in : 0,
+                                         in,
+                                         out};
+  switch (weight.dtype()) {
+    case DataType::FLOAT32:
+      few_rows_linear::linear<float>(problem);
+      break;
+    case DataType::BFLOAT16:
+      few_rows_linear::linear<simd::bfloat16>(problem);
+      break;
+    case DataType::INT8:
+      few_rows_linear::linear<int8_t>(problem);
+      break;
+    case DataType::UINT8:
+      few_rows_linear::linear<uint8_t>(problem);
+      break;
+    default:
+      PD_THROW("few_rows_linear takes weights of float32, bfloat16, int8 or uint8 (4 bits)");
+  }
+  return {y};
+}
+
+std::vector<Tensor> QuantizeWeight(const Tensor& weight, int bits) {
+  const int64_t out = weight.shape()[0], in = weight.shape()[1];
+  const int64_t groups = (in + few_rows_linear::GROUP - 1) / few_rows_linear::GROUP;
+  const auto place = weight.place();
+  Tensor codes = bits == 8 ? paddle::empty({out, in}, DataType::INT8, place)
+                           : paddle::empty({out, groups * few_rows_linear::GROUP / 2}, DataType::UINT8, place);
+  Tensor scale = bits == 8 ? paddle::empty({out}, DataType::FLOAT32, place)
+                           : paddle::empty({out, groups}, DataType::FLOAT32, place);
+  switch (weight.dtype()) {
+    case DataType::FLOAT32:
+      few_rows_linear::quantize<float>(weight.data(), out, in, bits, codes.data(), scale.data<float>());
+      break;
+    case DataType::BFLOAT16:
+      few_rows_linear::quantize<simd::bfloat16>(weight.data(), out, in, bits, codes.data(), scale.data<float>());
+      break;
+    case DataType::FLOAT16:
+      few_rows_linear::quantize<simd::float16>(weight.data(), out, in, bits, codes.data(), scale.data<float>());
+      break;
+    default:
+      PD_THROW("quantize_weight takes float32, bfloat16 or float16");
+  }
+  return {codes, scale};
+}
+
+}  // namespace
+
+PD_BUILD_OP(few_rows_linear)
+    .Inputs({"X", "Weight", paddle::Optional("Scale")})
+    .Outputs({"Out"})
+    .SetKernelFn(PD_KERNEL(FewRowsLinear));
+
+PD_BUILD_OP(quantize_weight)
+    .Inputs({"Weight"})
+    .Outputs({"Codes", "Scale"})
+    .Attrs({"bits: int"})
+    .SetKernelFn(PD_KERNEL(QuantizeWeight));

@@ -1,0 +1,169 @@
+// Licensed under the Apache License, Version 2.0; see LICENSE.
+// fused_rms_norm, fused_ln: Paddle's side of norm.h and norm_cuda.h.
+#include <vector>
+
+#include "norm.h"
+#include "norm_cuda.h"
+#include "paddle/extension.h"
+
+namespace {
+
+using paddle::DataType;
+using paddle::Tensor;
+using Shape = std::vector<int64_t>;
+
+Shape rows_of(Shape shape) {
+  shape.pop_back();
+  return shape;
+}
+
+int type_of(const Tensor& x) {
+  PD_CHECK(x.dtype() == DataType::FLOAT32 || x.dtype() == DataType::FLOAT16 || x.dtype() == DataType::BFLOAT16,
+           "a norm takes float32, float16 or bfloat16");
+  return x.dtype() == DataType::FLOAT32 ? 0 : x.dtype() == DataType::FLOAT16 ? 1 : 2;
+}
+
+template <class F>
+void with_type(const Tensor& x, F f) {
+  const int type = type_of(x);
+  type == 0 ? f(float()) : type == 1 ? f(simd::float16()) : f(simd::bfloat16());
+}
+
+template <class F>
+void with_types(const Tensor& x, const Tensor& scale, F f) {
+  with_type(x, [&](auto a) { with_type(scale, [&](auto b) { f(a, b); }); });
+}
+
+void check(const Tensor& x, const Tensor& scale, const Tensor* bias) {
+  PD_CHECK(!x.shape().empty() && scale.shape() == Shape{x.shape().back()},
+           "the scale of a norm must be [x.shape[-1]]");
+  PD_CHECK(!bias || (bias->shape() == scale.shape() && bias->dtype() == scale.dtype()),
+           "the bias of a norm must have the shape and dtype of its scale");
+  PD_CHECK(x.place() == scale.place() && (!bias || bias->place() == x.place()), "a norm takes tensors of one device");
+#ifndef PADDLE_WITH_CUDA
+  PD_CHECK(x.is_cpu(), "emu3_ops was built without CUDA: build it again where nvcc is");
+#endif
+}
+
+void* pointer(Tensor* x) { return x ? x->data() : nullptr; }
+const void* pointer(const Tensor* x) { return x ? x->data() : nullptr; }
+
+// {y, mean, invvar}; bias null: RMS norm, and mean is no tensor.
+std::vector<Tensor> forward(const Tensor& x, const Tensor& scale, const Tensor* bias, float epsilon) {
+  check(x, scale, bias);
+  const int64_t cols = x.shape().back(), rows = cols ? x.numel() / cols : 0;
+  Tensor y = paddle::empty(x.shape(), scale.dtype(), x.place()), mean;
+  Tensor invvar = paddle::empty(rows_of(x.shape()), DataType::FLOAT32, x.place());
+  if (bias) mean = paddle::empty(rows_of(x.shape()), DataType::FLOAT32, x.place());
+  float* means = bias ? mean.data<float>() : nullptr;
+#ifdef PADDLE_WITH_CUDA
+  if (x.is_gpu()) {
+    const int error =
+        emu3_norm_forward(type_of(x), type_of(scale), x.data(), scale.data(), pointer(bias), y.data(), means,
+                          invvar.data<float>(), rows, cols, epsilon, x.stream());
+    PD_CHECK(error == 0, "CUDA error ", error, " in a norm");
+    return {y, mean, invvar};
+  }
+#endif
+  with_types(x, scale, [&](auto a, auto b) {
+    using X = decltype(a);
+    using W = decltype(b);
+    norm::forward<X, W>({(const X*)x.data(), (const W*)scale.data(), (const W*)pointer(bias), means,
+                         invvar.data<float>(), rows, cols, epsilon},
+                        (W*)y.data());
+  });
+  return {y, mean, invvar};
+}
+
+// {dx, dscale, dbias}; mean and bias null: RMS norm, and dbias is no tensor.
+std::vector<Tensor> backward(const Tensor& x, const Tensor& scale, const Tensor* bias, const Tensor* mean,
+                                    const Tensor& invvar, const Tensor& dy) {
+  check(x, scale, bias);
+  PD_CHECK(dy.shape() == x.shape() && dy.dtype() == scale.dtype(), "the gradient of a norm's y must be as y");
+  const int64_t cols = x.shape().back(), rows = cols ? x.numel() / cols : 0;
+  Tensor dx = paddle::empty(x.shape(), x.dtype(), x.place());
+  Tensor dscale = paddle::empty(scale.shape(), scale.dtype(), x.place()), dbias;
+  if (bias) dbias = paddle::empty(scale.shape(), scale.dtype(), x.place());
+  Tensor* dbias_pointer = bias ? &dbias : nullptr;
+  const float* means = mean ? mean->data<float>() : nullptr;
+#ifdef PADDLE_WITH_CUDA
+  if (x.is_gpu()) {
+    Tensor workspace = paddle::empty({2, emu3_norm_parts(rows), cols}, DataType::FLOAT32, x.place());
+    const int error = emu3_norm_backward(type_of(x), type_of(scale), x.data(), scale.data(), means,
+                                         invvar.data<float>(), dy.data(), dx.data(), dscale.data(),
+                                         pointer(dbias_pointer), workspace.data<float>(), rows, cols, x.stream());
+    PD_CHECK(error == 0, "CUDA error ", error, " in the gradient of a norm");
+    return {dx, dscale, dbias};
+  }
+#endif
+  with_types(x, scale, [&](auto a, auto b) {
+    using X = decltype(a);
+    using W = decltype(b);
+    norm::backward<X, W>({(const X*)x.data(), (const W*)scale.data(), nullptr, const_cast<float*>(means),
+                          const_cast<float*>(invvar.data<float>()), rows, cols, 0},
+                         (const W*)dy.data(), (X*)dx.data(), (W*)dscale.data(), (W*)pointer(dbias_pointer));
+  });
+  return {dx, dscale, dbias};
+}
+
+std::vector<Tensor> RmsNorm(const Tensor& x, const Tensor& scale, float epsilon) {
+  const auto out = forward(x, scale, nullptr, epsilon);
+  return {out[0], out[2]};
+}
+
+std::vector<Tensor> RmsNormGrad(const Tensor& x, const Tensor& scale, const Tensor& invvar, const Tensor& dy) {
+  const auto out = backward(x, scale, nullptr, nullptr, invvar, dy);
+  return {out[0], out[1]};
+}
+
+std::vector<Tensor> LayerNorm(const Tensor& x, const Tensor& scale, const Tensor& bias, float epsilon) {
+  return forward(x, scale, &bias, epsilon);
+}
+
+std::vector<Tensor> LayerNormGrad(const Tensor& x, const Tensor& scale, const Tensor& bias, const Tensor& mean,
+                                         const Tensor& invvar, const Tensor& dy) {
+  return backward(x, scale, &bias, &mean, invvar, dy);
+}
+
+std::vector<Shape> RmsNormShape(Shape x, Shape scale, float) { return {x, rows_of(x)}; }
+std::vector<Shape> LayerNormShape(Shape x, Shape scale, Shape bias, float) {
+  return {x, rows_of(x), rows_of(x)};
+}
+std::vector<DataType> RmsNormType(DataType x, DataType scale) { return {scale, DataType::FLOAT32}; }
+std::vector<DataType> LayerNormType(DataType x, DataType scale, DataType bias) {
+  return {scale, DataType::FLOAT32, DataType::FLOAT32};
+}
+
+}  // namespace
+
+PD_BUILD_OP(fused_rms_norm)
+    .Inputs({"x", "scale"})
+    .Outputs({"y", "invvar"})
+    .Attrs({"epsilon: float"})
+    .SetKernelFn(PD_KERNEL(RmsNorm))
+    .SetInferShapeFn(PD_INFER_SHAPE(RmsNormShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(RmsNormType));
+
+PD_BUILD_GRAD_OP(fused_rms_norm)
+    .Inputs({"x", "scale", "invvar", paddle::Grad("y")})
+    .Outputs({paddle::Grad("x"), paddle::Grad("scale")})
+    .SetKernelFn(PD_KERNEL(RmsNormGrad));
+
+PD_BUILD_OP(fused_ln)
+    .Inputs({"x", "scale", "bias"})
+    .Outputs({"y", "mean", "invvar"})
+    .Attrs({"epsilon: float"})
+    .SetKernelFn(PD_KERNEL(LayerNorm))
+    .SetInferShapeFn(PD_INFER_SHAPE(LayerNormShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(LayerNormType));
+
+PD_BUILD_GRAD_OP(fused_ln)
+    .Inputs({"x", "scale", "bias", "mean", "invvar", paddle::Grad("y")})
+    .Outputs({paddle::Grad("x"), paddle::Grad("scale"), paddle::Grad("bias")})
+    .SetKernelFn(PD_KERNEL(LayerNormGrad));
+
+#ifdef PADDLE_WITH_CUDA
+// Says by being there that the operators compute on a GPU: external_ops.operators_for asks for its name.
+static std::vector<paddle::Tensor> Same(const paddle::Tensor& x) { return {x}; }
+PD_BUILD_OP(emu3_ops_cuda).Inputs({"x"}).Outputs({"y"}).SetKernelFn(PD_KERNEL(Same));
+#endif

@@ -1,0 +1,61 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Builds and installs the operators: `python setup.py install` in this folder, or `make ops` for .venv.
+
+They are compiled for CUDA too where Paddle is a CUDA build and nvcc is found; for the architectures in
+PADDLE_CUDA_ARCH_LIST ("80;90"), else those of the cards that are there, else 8.0 and 9.0.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import paddle
+from paddle.utils.cpp_extension import CppExtension, CUDAExtension, setup
+
+if shutil.which(os.environ.get("CXX", "g++")) is None:
+    sys.exit(
+        "external_ops: no C++ compiler was found: install g++ (Debian, Ubuntu: apt install g++), or name one in CXX"
+    )
+os.chdir(Path(__file__).resolve().parent)
+DEFAULT_ARCHITECTURES = "80;90"
+
+
+def nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def card_architectures():
+    cards = (paddle.device.cuda.get_device_capability(i) for i in range(paddle.device.cuda.device_count()))
+    return ";".join(sorted({f"{major}{minor}" for major, minor in cards}))
+
+
+cuda = paddle.is_compiled_with_cuda() and nvcc() is not None
+if cuda:  # Paddle's CUDAExtension makes nvcc's options of it
+    os.environ["PADDLE_CUDA_ARCH_LIST"] = (
+        os.environ.get("PADDLE_CUDA_ARCH_LIST") or card_architectures() or DEFAULT_ARCHITECTURES
+    )
+print(f"external_ops: CUDA for {os.environ['PADDLE_CUDA_ARCH_LIST']}" if cuda else "external_ops: for a CPU")
+
+# Paddle's OpenMP and no second one: so the operators have Paddle's number of threads
+libraries = Path(paddle.__file__).parent / "libs"
+openmp = [f"-L{libraries}", "-l:libiomp5.so"] if (libraries / "libiomp5.so").exists() else ["-fopenmp"]
+
+flags = ["-O3", "-std=c++17"]
+extension = CUDAExtension if cuda else CppExtension
+setup(
+    name="emu3_ops",
+    version="0.1.0",
+    py_modules=["fused_ln", "fast_ln"],  # the names under which PaddleNLP imports them
+    package_dir={"": "modules"},
+    ext_modules=extension(
+        sources=sorted(
+            str(path) for kind in ("cc", "cu") if kind == "cc" or cuda for path in Path().glob(f"*/*.{kind}")
+        ),
+        depends=[str(path) for kind in ("h", "cuh") for path in Path().rglob(f"*.{kind}")],
+        include_dirs=[os.getcwd()],
+        extra_compile_args={"cxx": [*flags, "-fopenmp"], "nvcc": flags},
+        extra_link_args=openmp,
+    ),
+)

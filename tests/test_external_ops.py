@@ -1,0 +1,95 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""With the compiled operators and without: found, told of, and the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from conftest import golden, relative_error
+
+from paddlemix import external_ops
+from paddlemix.models.emu3 import Emu3ForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILED = external_ops.operators() is not None
+
+
+@pytest.fixture
+def without_operators(monkeypatch):
+    monkeypatch.setenv("EMU3_OPS", "0")
+    external_ops.operators.cache_clear()
+    yield
+    external_ops.operators.cache_clear()
+
+
+def warning(tmp_path, **environment):
+    """What asking twice for the operators says on stderr, and what it gives."""
+    code = "from paddlemix.external_ops import operators; print(operators() is operators() is not None)"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{tmp_path}:{ROOT}", **environment},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return run.stderr.splitlines(), run.stdout.strip()
+
+
+def test_left_out_on_request(tmp_path):
+    assert warning(tmp_path, EMU3_OPS="0") == ([], "False")
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("raise ModuleNotFoundError(name='emu3_ops')", "are not built"),
+        ("raise ImportError('another Paddle')", "do not load (another Paddle)"),
+    ],
+)
+def test_missing_is_told_once(tmp_path, module, words):
+    (tmp_path / "emu3_ops.py").write_text(module)
+    lines, found = warning(tmp_path)
+    assert found == "False" and len(lines) == 1 and words in lines[0] and "make ops" in lines[0]
+
+
+@pytest.mark.skipif(not COMPILED, reason="the operators are not built: make ops")
+def test_names_that_paddlenlp_imports():
+    import fast_ln
+    import fused_ln
+
+    x, scale = paddle.rand([3, 8]), paddle.rand([8])
+    for norm in (fused_ln.fused_rms_norm, fast_ln.fast_rms_norm):
+        y, invvar = norm(x, scale, 1e-6)
+        assert (list(y.shape), list(invvar.shape)) == ([3, 8], [3])
+    for norm in (fused_ln.fused_ln, fast_ln.fast_ln):
+        assert [list(t.shape) for t in norm(x, scale, paddle.zeros([8]), 1e-6)] == [[3, 8], [3], [3]]
+
+
+def test_golden_logits_without_operators(language_dir, without_operators):
+    assert external_ops.operators() is None
+    data = golden("language_model.npz")
+    with paddle.no_grad():
+        logits = Emu3ForCausalLM.from_pretrained(language_dir)(paddle.to_tensor(data["plain_ids"])).logits
+    assert relative_error(logits.numpy(), data["plain_logits"]) < 1e-5
+
+
+def test_golden_codes_without_operators(vision_model, without_operators):
+    data = golden("vision_tokenizer.npz")
+    with paddle.no_grad():
+        codes = vision_model.encode(paddle.to_tensor(data["image"]))
+    np.testing.assert_array_equal(codes.numpy(), data["image_codes"])
+
+
+def test_every_source_is_packaged():
+    """The wheel brings what `python setup.py install` needs."""
+    from setuptools import find_namespace_packages
+
+    sources = [p for p in (ROOT / "paddlemix/external_ops").rglob("*") if p.suffix in (".cc", ".cu", ".cuh", ".h")]
+    assert len(sources) > 10
+    patterns = (ROOT / "setup.py").read_text()
+    packages = find_namespace_packages(str(ROOT), include=["paddlemix.*"])
+    for source in sources:
+        if "build" not in source.parts:
+            assert f'"*{source.suffix}"' in patterns
+            assert ".".join(source.parent.relative_to(ROOT).parts) in packages

@@ -1,0 +1,140 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The linear layer for few rows against float64, with float32, 16, 8 and 4 bit weights."""
+
+import numpy as np
+import paddle
+import pytest
+
+from paddlemix.external_ops import few_rows_linear as module
+from paddlemix.external_ops import operators
+from paddlemix.external_ops.few_rows_linear import dequantize, few_rows_linear, quantize
+from paddlemix.utils import InputError
+
+KINDS = ("float32", "bfloat16", "int8", "int4")
+SHAPES = [(1, 1), (3, 70), (17, 129), (40, 256), (5, 300)]  # out, in: multiples of nothing, and of the group of 128
+
+
+@pytest.fixture(params=["paddle", "plain", "avx2", "avx512"])
+def how(request, monkeypatch):
+    """Without the operators, and with them by each kind of vectors that this processor has."""
+    if request.param == "paddle":
+        monkeypatch.setattr(module, "operators", lambda: None)
+    elif operators() is None:
+        pytest.skip("the operators are not built: make ops")
+    else:
+        monkeypatch.setenv("EMU3_OPS_SIMD", request.param)
+
+
+def make_weight(kind, out, columns, seed=0):
+    """(weight and scale as few_rows_linear takes them, the same numbers as float64 [out, in])"""
+    rng = np.random.default_rng(seed)
+    numbers = rng.standard_normal([out, columns]).astype(np.float32)
+    if kind == "float32":
+        return paddle.to_tensor(numbers), None, numbers.astype(np.float64)
+    if kind == "bfloat16":
+        bits = numbers.view(np.uint32) & 0xFFFF0000
+        numbers = bits.view(np.float32)
+        return paddle.to_tensor(numbers).astype("bfloat16"), None, numbers.astype(np.float64)
+    if kind == "int8":
+        codes = rng.integers(-127, 128, [out, columns])
+        scale = rng.random(out, dtype=np.float32)
+        return (
+            paddle.to_tensor(codes.astype(np.int8)),
+            paddle.to_tensor(scale),
+            codes * scale[:, None].astype(np.float64),
+        )
+    groups = -(-columns // 128)
+    codes = rng.integers(1, 16, [out, groups, 128])
+    codes.reshape([out, -1])[:, columns:] = 8
+    scale = rng.random([out, groups], dtype=np.float32)
+    packed = (codes[..., :64] + 16 * codes[..., 64:]).astype(np.uint8).reshape([out, -1])
+    numbers = ((codes - 8) * scale[..., None].astype(np.float64)).reshape([out, -1])[:, :columns]
+    return paddle.to_tensor(packed), paddle.to_tensor(scale), numbers
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 17, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values(how, kind, rows):
+    for out, columns in SHAPES:
+        weight, scale, numbers = make_weight(kind, out, columns)
+        x = np.random.default_rng(rows).standard_normal([rows, columns]).astype(np.float32)
+        y = few_rows_linear(paddle.to_tensor(x), weight, scale)
+        assert y.dtype == paddle.float32 and y.shape == [rows, out]
+        size = np.abs(x.astype(np.float64)) @ np.abs(numbers).T  # what rounding is relative to
+        assert (np.abs(y.numpy() - x.astype(np.float64) @ numbers.T) <= 1e-6 * size).all()
+        if scale is not None:
+            assert np.allclose(dequantize(weight, scale, columns).numpy(), numbers, rtol=1e-6, atol=0)
+
+
+def assert_rounded(codes, numbers, largest):
+    """Codes are the nearest to numbers / their largest * `largest`, but for what float32 cannot tell."""
+    size = np.abs(numbers).max(-1, keepdims=True)
+    assert (np.abs(codes - numbers / np.where(size > 0, size, 1) * largest) <= 0.5 + 1e-6 * largest).all()
+    assert np.abs(codes).max() <= largest
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("out, columns", [(1, 1), (3, 70), (17, 129), (8, 256)])
+def test_quantize(how, dtype, out, columns):
+    given = paddle.to_tensor(np.random.default_rng(1).standard_normal([out, columns]).astype(np.float32)).astype(dtype)
+    numbers = given.astype("float32").numpy().astype(np.float64)
+    weight, scale = quantize(given, 8)
+    assert weight.dtype == paddle.int8 and scale.shape == [out]
+    assert_rounded(weight.numpy().astype(np.float64), numbers, 127)
+    assert np.allclose(scale.numpy(), np.abs(numbers).max(-1) / 127, rtol=1e-6)
+    weight, scale = quantize(given, 4)
+    groups = -(-columns // 128)
+    numbers = np.pad(numbers, [(0, 0), (0, groups * 128 - columns)]).reshape([out, groups, 128])
+    assert weight.dtype == paddle.uint8 and weight.shape == [out, groups * 64]
+    packed = weight.numpy().reshape([out, groups, 64])
+    assert_rounded(np.concatenate([packed & 15, packed >> 4], -1) - 8.0, numbers, 7)
+    assert np.allclose(scale.numpy(), np.abs(numbers).max(-1) / 7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantize_nothing(how, bits):
+    given = paddle.zeros([2, 130])
+    given[1] = 1e-40  # too small for a scale
+    weight, scale = quantize(given, bits)
+    assert (dequantize(weight, scale, 130).numpy() == 0).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_quantize_gives_the_same_bytes_either_way(how, monkeypatch, dtype, bits):
+    numbers = np.random.default_rng(2).standard_normal([33, 1100]).astype(np.float32)
+    numbers[:, ::3] = np.round(numbers[:, ::3] * 8) / 8  # ties
+    numbers[5] *= 1e-36
+    given = paddle.to_tensor(numbers).astype(dtype)
+    weight, scale = quantize(given, bits)
+    monkeypatch.setattr(module, "operators", lambda: None)
+    monkeypatch.setattr(module, "CHUNK", 5000)  # by pieces, too
+    expected, expected_scale = quantize(given, bits)
+    assert weight.numpy().tobytes() == expected.numpy().tobytes()
+    assert scale.numpy().tobytes() == expected_scale.numpy().tobytes()
+
+
+def test_leading_axes_and_gradients(how):
+    x, weight = paddle.randn([2, 3, 20]), paddle.randn([4, 20])
+    expected = x.numpy() @ weight.numpy().T
+    assert np.allclose(few_rows_linear(x, weight).numpy(), expected, atol=1e-5)
+    assert np.allclose(few_rows_linear(x[:, 1], weight).numpy(), expected[:, 1], atol=1e-5)  # not contiguous
+    weight.stop_gradient = False
+    few_rows_linear(x, weight).sum().backward()
+    assert np.allclose(weight.grad.numpy(), np.tile(x.numpy().sum((0, 1)), [4, 1]), atol=1e-5)
+
+
+def test_mistakes(how):
+    x = paddle.ones([2, 8])
+    with pytest.raises(InputError, match="must be .out, 8."):
+        few_rows_linear(x, paddle.ones([3, 9]))
+    with pytest.raises(InputError, match="scale of a paddle.int8 weight"):
+        few_rows_linear(x, paddle.ones([3, 8], dtype="int8"))
+    with pytest.raises(InputError, match="float64"):
+        few_rows_linear(x, paddle.ones([3, 8], dtype="float64"))
+    with pytest.raises(InputError, match="8 or 4 bits, got 3"):
+        quantize(x, 3)
+    for bad in (np.nan, np.inf):
+        for bits in (8, 4):
+            with pytest.raises(InputError, match="finite"):
+                quantize(paddle.to_tensor([[1.0, bad, 2.0]]), bits)
