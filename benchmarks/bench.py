@@ -28,7 +28,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.append(str(ROOT))
 
-from report import NEGATIVE_PROMPT, PARTS, PROMPT, drawing_bytes, report, summary, vision_operations
+from report import (
+    NEGATIVE_PROMPT,
+    PARTS,
+    PROMPT,
+    drawing_bytes,
+    put_section,
+    report,
+    sections,
+    summary,
+    vision_operations,
+)
 
 from paddlemix.models.emu3.configuration_emu3 import Emu3Config, Emu3VisionVQConfig
 from paddlemix.utils import write_atomically
@@ -69,7 +79,8 @@ def main():
         result = (measure_vision if kind == "vision" else measure_drawing)(args, int(size))
         results[part] = {**result, **common}
         write_atomically(path, json.dumps(results, indent=1) + "\n")
-        write_atomically(args.report, report(results))
+        for title, body in sections(report(results)).items():  # those of other programs stay
+            put_section(args.report, title, body)
         print(summary(part, results[part]), flush=True)
     print(f"wrote {args.report}")
     return int(not all(r["equal"] for r in results.values()))

@@ -2,6 +2,7 @@
 """What must be computed and read at the least, counted from the config, and RESULTS.md, which compares with it."""
 
 from paddlemix.models.emu3.configuration_emu3 import Emu3Config
+from paddlemix.utils import write_atomically
 
 PARTS = ("vision-128", "vision-256", "vision-512", "draw-8", "draw-16")
 VISUAL_TOKENS = 32768
@@ -68,6 +69,18 @@ def drawing_bytes(config, height, width):
 
 
 # --- RESULTS.md ------------------------------------------------------------------------------------------
+
+
+def sections(text):
+    """{title: body} of a page's second-level headings; "" is what stands before them."""
+    head, *parts = f"\n{text}".split("\n## ")
+    return {"": head.strip("\n"), **{t: body.strip("\n") for t, _, body in (p.partition("\n") for p in parts)}}
+
+
+def put_section(path, title, body):
+    """Put a section into a page, in place of its earlier one or at the end."""
+    parts = {**sections(path.read_text() if path.exists() else INTRODUCTION), title: body.strip("\n")}
+    write_atomically(path, "\n\n".join(f"## {t}\n\n{b}" if t else b for t, b in parts.items()) + "\n")
 
 
 HEADER = (

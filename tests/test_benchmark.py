@@ -17,6 +17,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import bench
 import measure
 import ours
+import quality
+import released
 import report
 
 from paddlemix.models.emu3 import Emu3Config, Emu3VisionVQConfig
@@ -105,3 +107,68 @@ def test_measures_and_reports(tmp_path, vision_dir):
     assert "| **2.00** |" in text and "| 50% | 0.50 s |" in text and "128 x 128 pixels, decode" in text
     assert "GPU: not run" in text
     assert bench.times(measured["calls"][:1], 1, "warm", "encode") is None
+
+
+def test_sections_of_other_programs_stay(tmp_path):
+    page = tmp_path / "RESULTS.md"
+    page.write_text("# Results\n\nintroduction\n\n## One\n\nold\n\n### deeper\n\n## Two\n\n| a |\n")
+    report.put_section(page, "One", "new\n")
+    report.put_section(page, "Three", "\nthird")
+    assert page.read_text() == "# Results\n\nintroduction\n\n## One\n\nnew\n\n## Two\n\n| a |\n\n## Three\n\nthird\n"
+    report.put_section(tmp_path / "new.md", "One", "1")
+    assert (tmp_path / "new.md").read_text() == f"{report.INTRODUCTION}\n## One\n\n1\n"
+
+
+def test_divergence_and_agreement():
+    """Against the definition, spelled out."""
+    rng = np.random.default_rng(0)
+    p, q = (rng.dirichlet(np.ones(5), 7) for _ in range(2))
+    expected = np.mean([sum(a * math.log(a / b) for a, b in zip(*rows)) for rows in zip(p, q)])
+    same, divergence = quality.compare((q.argmax(-1), np.log(q)), (p.argmax(-1), np.log(p)))
+    assert float(divergence) == pytest.approx(expected, abs=1e-5)
+    assert same == f"{100 * np.mean([a.argmax() == b.argmax() for a, b in zip(p, q)]):.1f} %"
+
+
+def test_real_scenes_are_read_as_they_are_drawn():
+    """The prompt of a drawing, then the picture's own tokens; and at each of them what the model says next."""
+    import paddle
+
+    from paddlemix.models.emu3 import Emu3ForCausalLM
+    from paddlemix.processors import Emu3Processor
+
+    processor, model = Emu3Processor.from_pretrained("emu3-mini"), Emu3ForCausalLM.from_pretrained("emu3-mini")
+    scenes = quality.held_out_scenes(5, 1)
+    sequences, visual = quality.real_scenes(processor, scenes, 1), []
+    for scene, (ids, start) in zip(scenes, sequences):
+        assert ids[start - 1] == processor.grammar.img
+        codes = processor.grammar.decode(ids[start:])
+        assert codes.shape == (scene.height // 8, scene.width // 8)
+        visual.append(codes.size)
+    likeliest, logs = quality.next_tokens(model, processor.grammar, sequences)
+    assert logs.shape == (sum(visual), 1024) and np.allclose(np.exp(logs).sum(-1), 1)
+    ids, start = sequences[0]
+    with paddle.no_grad():
+        logits = model(paddle.to_tensor([ids[: start + 3]])).logits[0, -1].numpy()
+    first = processor.grammar.first_visual
+    assert likeliest[3] == logits[first : first + 1024].argmax()
+
+
+def test_bytes_of_a_quantized_pass(tmp_path):
+    """Counted from the files: a byte a weight and four an output of int8, and the cache in 16 bits."""
+    from conftest import write_checkpoint
+
+    from paddlemix.models.emu3 import Emu3ForCausalLM
+
+    model = Emu3ForCausalLM.from_pretrained(write_checkpoint(tmp_path, "language_model"), dtype="int8")
+    layer = [(64, 64), (16, 64), (16, 64), (64, 64), (160, 64), (160, 64), (64, 160)]
+    layers = 3 * (sum(out * (into + 4) for out, into in layer) + 2 * 4 * 64)
+    assert released.pass_bytes(model, 10, 128) == layers + 128 * (64 + 4) + 2 * 10 * (2 * 3 * 16 * 2)
+
+
+def test_random_weights_of_the_released_size():
+    rng = np.random.default_rng(0)
+    pool = rng.standard_normal(4 * released.PART, dtype=np.float32)
+    weight = released.random_tensor(rng, pool, "lm_head.weight", [released.PART // 1024 + 7, 2048])
+    assert weight.dtype == "bfloat16" and weight.shape == ((released.PART // 1024 + 7) * 2048,)
+    assert float(weight.astype(np.float32).std()) == pytest.approx(2048**-0.5, rel=0.25)
+    assert (released.random_tensor(rng, pool, "model.norm.weight", [4]) == 1).all()

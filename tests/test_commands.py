@@ -79,6 +79,13 @@ def see(command, *arguments):
     return command("autoencode.py", "--model_path", "BAAI/Emu3-VisionTokenizer", *arguments)
 
 
+def only_notes(lines):
+    """bfloat16 on a CPU says that the compiled operators are missing, where they are, and nothing else."""
+    from paddlemix.external_ops import operators
+
+    return not lines if operators() else len(lines) == 1 and "run `make ops`" in lines[0]
+
+
 def last_line(out):
     return out.strip().splitlines()[-1]
 
@@ -102,8 +109,7 @@ def test_see(folder):
 def test_draw(folder):
     line = DRAW.replace("720", "64") + " --seed=5 --stats_json stats.json"
     done = shell(line, folder)
-    note, *rest = done.stderr.splitlines()
-    assert done.returncode == 0 and "bfloat16 Linear" in note and not rest
+    assert done.returncode == 0 and only_notes(done.stderr.splitlines())
     assert last_line(done.stdout) == "wrote result_0.png"
     picture = Image.open(folder / "result_0.png")
     assert picture.size == (64, 64)
@@ -117,9 +123,9 @@ def test_draw(folder):
 
 def test_ask(folder):
     done = shell(ASK.replace("512", "6") + " --stats_json stats.json", folder)
-    assert done.returncode == 0 and "bfloat16 Linear" in done.stderr.splitlines()[0]
-    assert re.fullmatch(r"6 tokens in \d+\.\d s, \d+\.\d a second", done.stderr.splitlines()[1])
-    assert len(done.stderr.splitlines()) == 2 and done.stdout.strip()
+    *notes, told = done.stderr.splitlines()
+    assert done.returncode == 0 and only_notes(notes) and done.stdout.strip()
+    assert re.fullmatch(r"6 tokens in \d+\.\d s, \d+\.\d a second", told)
     stats = json.loads((folder / "stats.json").read_text())
     assert stats["tokens"] == stats["forward_passes"] == 6
     assert {"seconds", "tokens_per_s", "load_s", "encode_s", "peak_memory_mb"} <= stats.keys()
@@ -205,7 +211,7 @@ def test_being_ended_prints_nothing(folder):
     process.stdout.readline()
     process.terminate()
     _, err = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGTERM and len(err.splitlines()) == 1 and err.startswith("note:")
+    assert process.returncode == -signal.SIGTERM and only_notes(err.splitlines())
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot bind a process to a core")

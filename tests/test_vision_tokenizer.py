@@ -6,6 +6,7 @@ import paddle
 import pytest
 from conftest import golden, relative_error
 
+from paddlemix.external_ops.nearest_codeword import CHUNK
 from paddlemix.models.emu3 import Emu3VisionVQConfig, Emu3VisionVQModel
 from paddlemix.models.emu3.modeling_emu3visionvq import VectorQuantizer
 
@@ -49,7 +50,7 @@ def test_a_picture_is_a_video_of_four_equal_frames(vision_model):
 
 def test_nearest_codeword_over_several_chunks():
     quantizer = VectorQuantizer(Emu3VisionVQConfig(codebook_size=50))
-    x = np.random.RandomState(0).standard_normal([1, 1, 2 * VectorQuantizer.CHUNK + 7, 4]).astype("float32")
+    x = np.random.RandomState(0).standard_normal([1, 1, 2 * CHUNK + 7, 4]).astype("float32")
     quantizer.embedding.weight.set_value(np.random.RandomState(1).standard_normal([50, 4]).astype("float32"))
     codebook = quantizer.embedding.weight.numpy().astype("float64")
     expected = ((x[..., None, :] - codebook) ** 2).sum(-1).argmin(-1)

@@ -31,7 +31,10 @@ def make_parser(description, writes_pictures=True):
 
 def add_dtype(parser):
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"], help="of the language model"
+        "--dtype",
+        choices=["float32", "float16", "bfloat16", "int8", "int4"],
+        help="of the language model: int8 and int4 quantize its linear layers while they are read, on a CPU "
+        "(default: bfloat16; of a quantized checkpoint, its own)",
     )
 
 
@@ -176,20 +179,26 @@ def _start_paddle(args):
         ) from None
 
 
-def usable_dtype(dtype):
-    """`dtype`, or float32 on a CPU: Paddle has no Linear of 16 bits there."""
+def usable_dtype(dtype, quantized):
+    """`dtype`; where none is given that of a quantized checkpoint, or bfloat16. A CPU takes float32 for float16."""
     import paddle
 
-    if paddle.get_device() == "cpu" and dtype != "float32":
-        note(f"Paddle has no {dtype} Linear on a CPU: going on in float32")
+    from paddlemix.external_ops import operators
+
+    dtype, on_cpu = dtype or quantized or "bfloat16", paddle.get_device() == "cpu"
+    if on_cpu and dtype == "float16":
+        note("there is no float16 linear layer for a CPU: going on in float32")
         return "float32"
+    if on_cpu and dtype != "float32" and operators() is None:
+        note(f"{dtype} is slow on a CPU without the compiled operators: run `make ops`, or take --dtype=float32")
     return dtype
 
 
 def load_language_model(args, tokenizer):
-    from paddlemix.models.emu3 import Emu3ForCausalLM
+    from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM
 
-    model = Emu3ForCausalLM.from_pretrained(args.model_path, dtype=usable_dtype(args.dtype))
+    dtype = usable_dtype(args.dtype, Emu3Config.from_pretrained(args.model_path).quantized_dtype)
+    model = Emu3ForCausalLM.from_pretrained(args.model_path, dtype=dtype)
     if model.config.vocab_size < len(tokenizer):
         raise InputError(
             f"{args.model_path} has {len(tokenizer)} tokens and a model of {model.config.vocab_size}: "

@@ -55,7 +55,7 @@ def main(args):
     unfinished = Unfinished(args, {
         "prompt": prompts, "negative_prompt": negative, "size": [list(s) for s in sizes], "seed": args.seed,
         "guidance_scale": args.guidance_scale, "top_k": args.top_k, "top_p": args.top_p,
-        "temperature": args.temperature, "dtype": model.dtype.name.lower(), "checkpoint": fingerprint(model),
+        "temperature": args.temperature, "dtype": model.weight_dtype, "checkpoint": fingerprint(model),
     })  # fmt: skip
     if unfinished.settings["seed"] is None:
         unfinished.settings["seed"] = new_seed()
@@ -91,7 +91,7 @@ def main(args):
                 "prompt": prompts[i], "negative_prompt": negative, "ratio": ratios[i], "seed": sampling.seed,
                 "image": i, "images": len(sizes), "guidance_scale": args.guidance_scale, "top_k": args.top_k,
                 "top_p": args.top_p, "temperature": args.temperature, "model_path": args.model_path,
-                "vq_model_path": args.vq_model_path, "dtype": model.dtype.name.lower(),
+                "vq_model_path": args.vq_model_path, "dtype": model.weight_dtype,
             }  # fmt: skip
             save_picture(image, path, settings)
         if preview:

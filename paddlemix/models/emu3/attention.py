@@ -7,6 +7,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle.nn.functional.flash_attention import flash_attention
 
+from paddlemix.external_ops import operators
+from paddlemix.external_ops.cached_attention import MOST_NEW, cached_attention
 from paddlemix.utils import InputError
 
 from .checkpoint import require_memory
@@ -50,8 +52,9 @@ class KVCache:
     def write(self, layer, key, value):
         """Put keys and values [batch, kv_heads, new, head_dim] after those that are in it."""
         end = self.length + key.shape[2]
-        self.keys[layer][:, :, self.length : end] = key
-        self.values[layer][:, :, self.length : end] = value
+        dtype = self.keys[layer].dtype
+        self.keys[layer][:, :, self.length : end] = key.astype(dtype)
+        self.values[layer][:, :, self.length : end] = value.astype(dtype)
 
     def with_room(self, length):
         """This cache if it takes `length` tokens in all, else a copy that takes twice its own or that many."""
@@ -116,7 +119,12 @@ class Mask:
 
     def __init__(self, past, new, allowed=None):
         self.past, self.new, self.allowed = past, new, allowed
+        self.by_query = allowed is not None and allowed.shape[2] > 1
         self._full = None
+
+    def padding(self):
+        """bool [batch, past + new], where the mask is the same for every query; None where nothing is masked."""
+        return None if self.allowed is None else self.allowed.flatten(1)
 
     def hide(self, scores, start, stop):
         """Scores [batch, kv_heads, group * queries, length] of the new tokens from `start` to `stop` and the first
@@ -165,6 +173,9 @@ def attend(query, key, value, mask, dropout=0.0):
         out, _ = flash_attention(query, key, value, dropout=dropout, causal=True, training=dropout > 0)
         return out.reshape([batch, new, heads * head_dim])
 
+    if _has_cached_attention(query, mask, dropout):
+        return cached_attention(query, key, value, mask.past + new, mask.padding())
+
     # queries that share a key head stand side by side, so that a key is read once for all of them
     query = (query / math.sqrt(head_dim)).reshape([batch, new, kv_heads, heads // kv_heads, head_dim])
     query = query.transpose([0, 2, 3, 1, 4])
@@ -176,9 +187,16 @@ def attend(query, key, value, mask, dropout=0.0):
             chunk = query[:, :, :, start:stop], key[:, :, :length], value[:, :, :length]
         else:
             chunk = query, key, value
-        out.append(_attend_chunk(*chunk, mask, start, stop, dropout))
+        out.append(_attend_chunk(*(x.astype(query.dtype) for x in chunk), mask, start, stop, dropout))
     out = out[0] if len(out) == 1 else paddle.concat(out, axis=3)
     return out.transpose([0, 3, 1, 2, 4]).reshape([batch, new, heads * head_dim])
+
+
+def _has_cached_attention(query, mask, dropout):
+    """The compiled operator takes few float32 tokens on a CPU, padding but no other mask, and gives no gradient."""
+    if operators() is None or not query.place.is_cpu_place() or query.dtype != paddle.float32 or mask.new > MOST_NEW:
+        return False
+    return not (dropout or mask.by_query or (paddle.is_grad_enabled() and not query.stop_gradient))
 
 
 def _attend_chunk(query, key, value, mask, start, stop, dropout):

@@ -22,8 +22,12 @@ INDEX_NAME = "model.safetensors.index.json"
 SHARD_PATTERN = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pdparams")
 # safetensors' names of the number types that a checkpoint may hold -> numpy's and ml_dtypes' names
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64"}
-MODEL_DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = {
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64", "I8": "int8",
+    "U8": "uint8",
+}  # fmt: skip
+# how config.json tells that the linear layers are quantized; a group is of inputs, -1 all of an output's
+QUANTIZATIONS = {"int8": {"bits": 8, "group_size": -1}, "int4": {"bits": 4, "group_size": 128}}
 RELEASE_BYTES = 64 << 20  # pages read are handed back to the system after so many bytes
 CHUNK_BYTES = 8 << 20
 HUB_TIMEOUT = 15  # seconds that the hub may be silent
@@ -164,26 +168,55 @@ class SafetensorsFile:
         """
         import numpy as np
 
-        stored, shape = np.dtype(DTYPES[self.dtypes[name]]), self.shapes[name]
-        source = np.ndarray(math.prod(shape), stored, self.map, self.offsets[name])
-        out = np.empty(math.prod(shape), dtype)
-        step, unreleased = CHUNK_BYTES // stored.itemsize, 0
-        for start in range(0, out.size, step):
+        out = np.empty(math.prod(self.shapes[name]), dtype)
+        for start, chunk in self._chunks(name, out.dtype, 1, on_bytes):
+            out[start : start + chunk.size] = chunk
+        return out.reshape(self.shapes[name])
+
+    def read_quantized(self, name, bits, on_bytes=lambda n: None):
+        """The tensor [out, in] as (weight, scale), new numpy arrays as few_rows_linear.quantize gives them.
+
+        It is quantized some rows at a time, while it is read.
+        """
+        import numpy as np
+
+        from paddlemix.external_ops.few_rows_linear import quantize
+
+        rows, columns = self.shapes[name]
+        dtype, out = np.dtype("float32") if self.dtypes[name] == "F64" else DTYPES[self.dtypes[name]], None
+        for start, chunk in self._chunks(name, np.dtype("float32"), columns, on_bytes):
+            first, part = start // columns, chunk.reshape([-1, columns]).astype(dtype)
+            parts = [tensor.numpy() for tensor in quantize(_to_tensor(part), bits)]
+            out = out or [np.empty([rows, *p.shape[1:]], p.dtype) for p in parts]
+            for array, p in zip(out, parts, strict=True):
+                array[first : first + len(p)] = p
+        return out
+
+    def _array(self, name):
+        """The tensor's numbers in the map, one after the other."""
+        import numpy as np
+
+        return np.ndarray(math.prod(self.shapes[name]), DTYPES[self.dtypes[name]], self.map, self.offsets[name])
+
+    def _chunks(self, name, dtype, multiple, on_bytes):
+        """(first, array): a tensor's numbers in parts of a multiple of `multiple`, fit for `dtype`."""
+        source, unreleased = self._array(name), 0
+        step = max(1, CHUNK_BYTES // (source.itemsize * multiple)) * multiple
+        for start in range(0, source.size, step):
             chunk = source[start : start + step]
-            self._check_range(name, chunk, out.dtype)
-            out[start : start + step] = chunk
+            self._check_range(name, chunk, dtype)
+            yield start, chunk
             on_bytes(chunk.nbytes)
             unreleased += chunk.nbytes
             if unreleased >= RELEASE_BYTES:
-                self._release(self.offsets[name] + (start + chunk.size) * stored.itemsize)
+                self._release(self.offsets[name] + (start + chunk.size) * source.itemsize)
                 unreleased = 0
         self._release(self.offsets[name] + source.nbytes)
-        return out.reshape(shape)
 
     def _check_range(self, name, chunk, dtype):
         import numpy as np
 
-        if chunk.dtype.kind == "i":
+        if chunk.dtype.kind in "iu":
             return
         if chunk.itemsize == 2 and dtype != np.float16:
             # infinity and NaN have all bits of the exponent set
@@ -286,17 +319,21 @@ class CheckpointMixin:
     """
 
     config_class = None
+    dtypes = ("float32", "float16", "bfloat16")
     checkpoint_prefix = ""  # of this layer's names in a checkpoint
     tied_weights = ()  # names that a checkpoint may hold, and that are not this layer's or not its own
 
     @classmethod
-    def from_pretrained(cls, name_or_path, dtype="float32", config=None, progress=True, **overrides):
+    def from_pretrained(cls, name_or_path, dtype=None, config=None, progress=True, **overrides):
         """A model with the weights of a checkpoint in the released layout, in eval mode.
 
         Args:
             name_or_path: a directory, a hub name (fetched into huggingface_hub's cache; HF_ENDPOINT and
                 HF_HUB_OFFLINE are honoured), or "emu3-mini".
-            dtype: "float32", "float16" or "bfloat16": what the weights are cast to while they are read.
+            dtype: "float32", "float16" or "bfloat16": what the weights are cast to while they are read; or, of a
+                language model on a CPU, "int8" or "int4": what its linear layers are quantized to, while they are
+                read (a float32 embedding becomes bfloat16, the norms stay). None is float32, and for a checkpoint
+                that is quantized what it holds.
             config: a configuration in place of the checkpoint's.
             progress: show a progress bar (on a terminal).
             overrides: configuration values in place of the checkpoint's.
@@ -307,29 +344,41 @@ class CheckpointMixin:
         import paddle
         from tqdm import tqdm
 
-        dtype = dtype_name(dtype)
-        if dtype not in MODEL_DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(MODEL_DTYPES)}, got {dtype!r}")
+        dtype = dtype and dtype_name(dtype)
+        if dtype not in (None, *cls.dtypes):
+            raise InputError(f"dtype must be one of {', '.join(cls.dtypes)}, got {dtype!r}")
         for name in overrides:
             if not hasattr(cls.config_class, name):
                 raise TypeError(f"{cls.__name__}.from_pretrained() got an unexpected keyword argument {name!r}")
         config = config or cls.config_class.from_pretrained(name_or_path, **overrides)
+        quantized = config.quantized_dtype
+        if quantized and dtype not in (None, quantized):
+            raise InputError(f"{name_or_path} is {quantized}, it cannot become {dtype}: take what it was made from")
+        dtype = quantized or dtype or "float32"
+        if dtype in QUANTIZATIONS and paddle.get_device() != "cpu":
+            raise InputError(f"{dtype} is made for a CPU: on a GPU take bfloat16, or --device=cpu")
         with paddle.LazyGuard():  # no weight is made before the checkpoint's own takes its place
             model = cls(config)
-        state = model._checkpoint_state()
-        itemsize = 4 if dtype == "float32" else 2
-        size = itemsize * sum(math.prod(t.shape) for t in state.values())
-        require_memory(size, f"in {dtype} for {name_or_path}")
+            in_files = state = model._checkpoint_state()
+            if dtype in QUANTIZATIONS and not quantized:
+                model = cls(config.quantized(dtype))
+                state = model._checkpoint_state()
+        require_memory(_size(state, dtype), f"in {dtype} for {name_or_path}")
         weights = open_weights(name_or_path, cls.config_class.part)
         try:
-            _check_names_and_shapes(name_or_path, state, weights, model.tied_weights)
+            _check_names_and_shapes(name_or_path, in_files, weights, model.tied_weights)
             total = sum(file.sizes[name] for name, file in weights.items())
             disable = None if progress else True  # None shows it on a terminal alone
             bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", leave=False, disable=disable)
             with bar:
                 # in the order of the files, so that each is read from its start to its end
                 for name in sorted(weights, key=lambda n: (str(weights[n].path), weights[n].offsets[n])):
-                    if name in state:
+                    if name + "_scale" in state and not quantized:
+                        bits = QUANTIZATIONS[dtype]["bits"]
+                        parts = weights[name].read_quantized(name, bits, bar.update)
+                        for target, array in zip((state[name], state[name + "_scale"]), parts, strict=True):
+                            _share(array, target)
+                    elif name in state:
                         _assign(state[name], weights[name], name, dtype, bar.update)
         finally:
             for file in set(weights.values()):
@@ -341,8 +390,6 @@ class CheckpointMixin:
 
         The original's own loader and transformers-style tools read the result.
         """
-        from safetensors.numpy import save_file
-
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         state = self._checkpoint_state()
@@ -367,8 +414,9 @@ class CheckpointMixin:
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 _write_text(stack, directory / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
             for file, shard in zip(names, shards, strict=True):
-                arrays = {name: _to_array(state[name]) for name in shard}
-                save_file(arrays, stack.enter_context(replacing(directory / file)), {"format": "pt"})
+                layout = {name: (dtype_name(state[name].dtype), state[name].shape) for name in shard}
+                temporary = stack.enter_context(replacing(directory / file))
+                write_safetensors(temporary, layout, lambda name: _to_array(state[name]))
         names += [INDEX_NAME] if len(shards) > 1 else []
         for path in directory.iterdir():  # what an earlier save left would be read in place of this one
             is_weights = path.name in (SINGLE_NAME, INDEX_NAME) or SHARD_PATTERN.fullmatch(path.name)
@@ -379,6 +427,15 @@ class CheckpointMixin:
         """{checkpoint name: parameter or buffer}"""
         state = {self.checkpoint_prefix + name: tensor for name, tensor in self.state_dict().items()}
         return {name: tensor for name, tensor in state.items() if name not in self.tied_weights}
+
+
+def _size(state, dtype):
+    """Bytes of a model's tensors in memory, where those that are not quantized are of `dtype`, or of 16 bits."""
+    itemsize = 4 if dtype == "float32" else 2
+    return sum(
+        math.prod(t.shape) * (t.element_size() if name + "_scale" in state or name.endswith("_scale") else itemsize)
+        for name, t in state.items()
+    )
 
 
 def _num_bytes(tensor):
@@ -394,6 +451,30 @@ def _write_text(stack, path, text):
     Path(stack.enter_context(replacing(path))).write_text(text, encoding="utf-8")
 
 
+def write_safetensors(path, layout, read):
+    """Write {name: (dtype, shape)}, and of each name what `read` gives, a numpy array, one at a time.
+
+    The library's own function would hold all of the file in memory once more.
+    """
+    import ml_dtypes  # noqa: F401  makes numpy know bfloat16
+    import numpy as np
+
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # the widest first, as the library orders them: so each begins at a multiple of its numbers' size
+    order = sorted(layout, key=lambda name: (-np.dtype(layout[name][0]).itemsize, name))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in order:
+        dtype, shape = layout[name]
+        start, end = end, end + np.dtype(dtype).itemsize * math.prod(shape)
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            file.write(read(name).reshape(-1).view(np.uint8).data)
+
+
 def _check_names_and_shapes(name_or_path, state, weights, optional):
     def some(names):
         names = sorted(names)
@@ -404,8 +485,13 @@ def _check_names_and_shapes(name_or_path, state, weights, optional):
     if extra := weights.keys() - state.keys() - set(optional):
         raise InputError(f"{name_or_path} has {some(extra)} too many: its weights are not those of its config.json")
     for name, tensor in state.items():
-        if tensor.is_floating_point() and weights[name].dtypes[name] == "I64":
+        stored, wanted = DTYPES[weights[name].dtypes[name]], dtype_name(tensor.dtype)
+        if tensor.is_floating_point() and "int" in stored:
             raise InputError(f"{weights[name].path}: tensor {name} holds integers, numbers with a fraction are needed")
+        if wanted in ("int8", "uint8") and stored != wanted:
+            raise InputError(
+                f"{weights[name].path}: tensor {name} is {stored}, config.json's quantization_config asks for {wanted}"
+            )
         expected, found = list(tensor.shape), list(weights[name].shapes[name])
         if found != expected:
             raise InputError(
@@ -424,12 +510,29 @@ def _assign(target, file, name, dtype, on_bytes):
         array = file.read(name, dtype_name(target.dtype), on_bytes)
         target.set_value(paddle.to_tensor(array))
         return
-    array = file.read(name, np.dtype(dtype), on_bytes)
-    # dlpack shares the array's memory; it knows no bfloat16, so that goes as the integers it is stored as
-    tensor = paddle.utils.dlpack.from_dlpack(array.view(np.int16) if dtype == "bfloat16" else array)
-    tensor = tensor.view("bfloat16") if dtype == "bfloat16" else tensor
-    device = paddle.get_device()
+    if dtype in QUANTIZATIONS:  # what is not quantized stays as it is, but for the one large tensor
+        stored = DTYPES[file.dtypes[name]]
+        is_wide, is_embedding = stored in ("float32", "float64"), name.endswith("embed_tokens.weight")
+        dtype = ("bfloat16" if is_embedding else "float32") if is_wide else stored
+    _share(file.read(name, np.dtype(dtype), on_bytes), target)
+
+
+def _share(array, target):
+    """Let a parameter take the memory of a numpy array, on a card a copy of it."""
+    import paddle
+
+    tensor, device = _to_tensor(array), paddle.get_device()
     (tensor if device == "cpu" else tensor.to(device))._share_underline_tensor_to(target)
+
+
+def _to_tensor(array):
+    """A tensor that shares a numpy array's memory; dlpack knows no bfloat16, so that goes as integers."""
+    import numpy as np
+    import paddle
+
+    if array.dtype == "bfloat16":
+        return paddle.utils.dlpack.from_dlpack(array.view(np.int16)).view("bfloat16")
+    return paddle.utils.dlpack.from_dlpack(array)
 
 
 def _to_array(tensor):

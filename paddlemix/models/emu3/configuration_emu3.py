@@ -11,12 +11,13 @@ from pathlib import Path
 
 from paddlemix.utils import InputError, write_atomically
 
-from .checkpoint import CONFIG_NAME, fetch
+from .checkpoint import CONFIG_NAME, QUANTIZATIONS, fetch
 
 
 class _Config:
     model_type = None
     part = None  # which folder of emu3-mini it is in
+    quantized_dtype = None  # "int8" or "int4" where the linear layers are
 
     def __init__(self, **values):
         model_type = values.pop("model_type", self.model_type)
@@ -122,6 +123,7 @@ class Emu3Config(_Config):
     rope_theta = 1_000_000.0
     rope_scaling = None
     attention_dropout = 0.1
+    quantization_config = None  # of the linear layers: one of checkpoint.QUANTIZATIONS
 
     # what PaddleNLP's `generate` asks of any configuration
     is_encoder_decoder = False
@@ -135,6 +137,14 @@ class Emu3Config(_Config):
     @property
     def head_dim(self):
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def quantized_dtype(self):
+        return next((name for name, how in QUANTIZATIONS.items() if how == self.quantization_config), None)
+
+    def quantized(self, dtype):
+        """This configuration, of a model whose linear layers are `dtype`, "int8" or "int4"."""
+        return type(self)(**{**self.to_dict(), "quantization_config": QUANTIZATIONS[dtype]})
 
     def __init__(self, **values):
         if values.get("num_key_value_heads", 0) is None:  # null means that there are no groups
@@ -160,6 +170,14 @@ class Emu3Config(_Config):
         if self.hidden_act != "silu":
             raise InputError(f"config: hidden_act must be 'silu', got {self.hidden_act!r}")
         self._validate_rope_scaling()
+        if self.quantization_config is not None:
+            if self.quantized_dtype is None:
+                raise InputError(
+                    f"config: quantization_config must be {' or '.join(map(str, QUANTIZATIONS.values()))}, "
+                    f"got {self.quantization_config!r}: take a checkpoint that this project quantized, or the original"
+                )
+            if self.tie_word_embeddings:
+                raise InputError("a model whose head is its embedding cannot be int8 or int4: take bfloat16")
 
     def _validate_rope_scaling(self):
         scaling = self.rope_scaling

@@ -12,8 +12,6 @@ import paddle
 
 from paddlemix.utils import InputError, pad_rows
 
-from .modeling_emu3 import linear
-
 POSITIVE_PROMPT = " masterpiece, film grained, best quality."
 NEGATIVE_PROMPT = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
@@ -143,7 +141,7 @@ def generate_images(
     drawing = _Drawing(sizes, grammar, window, drawn)
     prompt, attention_mask = _pad_left(rows, grammar.pad, drawing.total)
     cache = model.make_cache(len(rows), prompt.shape[1] + drawing.total)
-    head = model.lm_head.weight[grammar.first_visual : grammar.first_visual + grammar.codebook_size]
+    visual = slice(grammar.first_visual, grammar.first_visual + grammar.codebook_size)
     noise = _Noise(sampling, len(prompts), drawing.total, grammar.codebook_size)
     passes = 0
     try:
@@ -152,7 +150,7 @@ def generate_images(
             feed = paddle.concat([feed, feed]) if guided else feed
             feed = feed if cache.length else paddle.concat([prompt, feed], axis=1)
             hidden = _last_hidden(model, feed, attention_mask, cache, span.stop - span.start)
-            logits = linear(hidden, head).astype("float32")
+            logits = model.lm_head(hidden, visual).astype("float32")
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + guidance_scale * (conditional - unconditional)

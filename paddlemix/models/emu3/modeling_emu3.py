@@ -14,36 +14,52 @@ from paddle.distributed.fleet.utils import recompute
 from paddlenlp.generation import GenerationConfig, GenerationMixin
 from paddlenlp.transformers.model_outputs import CausalLMOutputWithPast
 
+from paddlemix.external_ops.few_rows_linear import FEW_ROWS, few_rows_linear
+from paddlemix.external_ops.fused_ln import fused_rms_norm
 from paddlemix.utils import InputError
 
 from .attention import KVCache, Mask, Rotary, allowed_keys, attend, count_positions
-from .checkpoint import CheckpointMixin
+from .checkpoint import QUANTIZATIONS, CheckpointMixin, dtype_name
 from .configuration_emu3 import Emu3Config
 
 
-def linear(x, weight):
-    """x [..., in] times weight [out, in] -> [..., out]"""
-    rows = math.prod(x.shape[:-1])
-    if rows <= 6 and x.place.is_cpu_place():
-        # Few rows are bound by reading the weight. Paddle's matmul reads it at twice the rate when it comes first, and
-        # for one row alone at half the rate of two. The result [out, rows] is turned by one dense copy, which takes a
-        # tenth of the time of making a transposed view contiguous.
-        pair = x.reshape([rows, -1]) if rows > 1 else x.reshape([1, -1]).tile([2, 1])
-        out = paddle.matmul(weight, pair, transpose_y=True)
-        out = F.channel_shuffle(out.reshape([1, -1, 1, 1]), weight.shape[0]).reshape([pair.shape[0], -1])
-        return out[:rows].reshape([*x.shape[:-1], -1])
+def linear(x, weight, scale=None):
+    """x [..., in] times weight [out, in] -> [..., out]. On a CPU the weight may be of fewer bits than x: bfloat16, or
+    int8 or int4 with its scale, as few_rows_linear takes them."""
+    on_cpu, rows = x.place.is_cpu_place() and x.dtype == paddle.float32, math.prod(x.shape[:-1])
+    if on_cpu and (rows <= FEW_ROWS or weight.dtype != x.dtype):
+        return few_rows_linear(x, weight, scale)
     return paddle.matmul(x, weight, transpose_y=True)
 
 
 class Emu3Linear(nn.Layer):
-    """A linear layer without bias whose weight is [out, in], as in the checkpoint."""
+    """A linear layer without bias whose weight is [out, in], as in the checkpoint.
+
+    Where config.quantization_config says so, it is int8 with a scale for each output, or int4 with a scale for each
+    output and group of inputs, two in a byte (few_rows_linear tells the order).
+    """
 
     def __init__(self, config, in_features, out_features):
         super().__init__()
-        self.weight = self.create_parameter([out_features, in_features], attr=_normal(config))
+        dtype, shape, scales, self.weight_scale = "float32", [out_features, in_features], None, None
+        if config.quantized_dtype == "int8":
+            dtype, scales = "int8", [out_features]
+        elif config.quantized_dtype == "int4":
+            size = config.quantization_config["group_size"]
+            groups = math.ceil(in_features / size)
+            dtype, shape, scales = "uint8", [out_features, groups * size // 2], [out_features, groups]
+        initializer = _normal(config) if scales is None else nn.initializer.Constant(0)
+        self.weight = self.create_parameter(shape, dtype=dtype, default_initializer=initializer)
+        if scales:
+            self.weight_scale = self.create_parameter(scales, dtype="float32", default_initializer=initializer)
+            self.weight.stop_gradient = self.weight_scale.stop_gradient = True
 
-    def forward(self, x):
-        return linear(x, self.weight)
+    def forward(self, x, rows=None):
+        """x [..., in] -> [..., out]; `rows`, a slice, takes these outputs alone."""
+        weight, scale = self.weight, self.weight_scale
+        if rows is not None:
+            weight, scale = weight[rows], None if scale is None else scale[rows]
+        return linear(x, weight, scale)
 
 
 class Emu3RMSNorm(nn.Layer):
@@ -53,9 +69,11 @@ class Emu3RMSNorm(nn.Layer):
         self.eps = eps
 
     def forward(self, x):
-        h = x.astype("float32")
+        if x.dtype == paddle.float32:
+            return fused_rms_norm(x, self.weight.astype("float32"), self.eps)[0]
+        h = x.astype("float32")  # of 16 bits the original rounds before the weight comes in
         h = h * paddle.rsqrt((h * h).mean(axis=-1, keepdim=True) + self.eps)
-        return self.weight * h.astype(x.dtype)
+        return self.weight.astype(x.dtype) * h.astype(x.dtype)
 
 
 class Emu3Attention(nn.Layer):
@@ -74,7 +92,7 @@ class Emu3Attention(nn.Layer):
         key = rotary.turn(self.k_proj(x).reshape(by_head)).transpose([0, 2, 1, 3])
         value = self.v_proj(x).reshape(by_head).transpose([0, 2, 1, 3])
         if cache is not None:
-            cache.write(self.layer, key, value)
+            cache.write(self.layer, key, value)  # in the cache's dtype
             if mask.past:
                 key, value = cache.keys[self.layer], cache.values[self.layer]
         dropout = self.config.attention_dropout if self.training else 0.0
@@ -113,7 +131,8 @@ class Emu3Model(CheckpointMixin, nn.Layer):
 
     config_class = Emu3Config
     checkpoint_prefix = "model."
-    tied_weights = ("lm_head.weight",)
+    dtypes = (*CheckpointMixin.dtypes, *QUANTIZATIONS)
+    tied_weights = ("lm_head.weight", "lm_head.weight_scale")
 
     def __init__(self, config):
         super().__init__()
@@ -125,6 +144,7 @@ class Emu3Model(CheckpointMixin, nn.Layer):
 
     @property
     def dtype(self):
+        """The embedding's; on a CPU all is computed in float32."""
         return self.embed_tokens.weight.dtype
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None):
@@ -142,8 +162,7 @@ class Emu3Model(CheckpointMixin, nn.Layer):
         """
         batch, new = _input_shape(input_ids, inputs_embeds)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if x.place.is_cpu_place() and x.dtype in (paddle.float16, paddle.bfloat16):
-            raise InputError("Paddle has no 16-bit Linear on a CPU: load the model with dtype='float32'")
+        x = x.astype("float32") if x.place.is_cpu_place() else x
         past = 0 if past_key_values is None else past_key_values.length
         length = past + new
         if past_key_values is not None:
@@ -175,6 +194,7 @@ class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
     `generate_text` in generation_emu3.py are the faster way."""
 
     config_class = Emu3Config
+    dtypes = Emu3Model.dtypes
 
     def __init__(self, config):
         super().__init__()
@@ -195,6 +215,11 @@ class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
     def dtype(self):
         return self.model.dtype
 
+    @property
+    def weight_dtype(self):
+        """Of the linear layers: "float32", "float16", "bfloat16", "int8" or "int4"."""
+        return self.config.quantized_dtype or dtype_name(self.lm_head.weight.dtype)
+
     def get_input_embeddings(self):
         return self.model.embed_tokens
 
@@ -208,8 +233,10 @@ class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
     recompute_enable, recompute_disable = gradient_checkpointing_enable, gradient_checkpointing_disable  # PaddleNLP's
 
     def make_cache(self, batch_size, max_length):
-        """An empty KVCache for `max_length` tokens in this model's dtype."""
-        return KVCache(self.config, batch_size, max_length, self.dtype)
+        """An empty KVCache for `max_length` tokens, in this model's dtype, or bfloat16 for 16 bits on a CPU."""
+        in_16_bits = self.dtype != paddle.float32
+        on_cpu = self.lm_head.weight.place.is_cpu_place()
+        return KVCache(self.config, batch_size, max_length, "bfloat16" if in_16_bits and on_cpu else self.dtype)
 
     def forward(
         self,

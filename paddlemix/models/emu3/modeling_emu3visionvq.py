@@ -13,6 +13,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from paddlemix.external_ops.nearest_codeword import nearest_codeword
 from paddlemix.utils import InputError
 
 from . import vision_engine
@@ -287,8 +288,6 @@ class Decoder(nn.Layer):
 
 
 class VectorQuantizer(nn.Layer):
-    CHUNK = 1024  # positions a time: never a [positions, codebook] matrix of a whole picture
-
     def __init__(self, config):
         super().__init__()
         bound = 1.0 / config.codebook_size
@@ -298,18 +297,7 @@ class VectorQuantizer(nn.Layer):
 
     def forward(self, x):
         """Index of the nearest codeword. [..., embed_dim] -> [...] int64"""
-        codebook = self.embedding.weight
-        norms = (codebook * codebook).sum(axis=1)
-        codes = []
-        for chunk in x.reshape([-1, x.shape[-1]]).split(self._sections(x), axis=0):
-            distances = (chunk * chunk).sum(axis=1, keepdim=True) + norms
-            distances -= 2 * paddle.matmul(chunk, codebook, transpose_y=True)
-            codes.append(distances.argmin(axis=1))
-        return paddle.concat(codes).reshape(x.shape[:-1])
-
-    def _sections(self, x):
-        positions = math.prod(x.shape[:-1])
-        return [self.CHUNK] * (positions // self.CHUNK) + [positions % self.CHUNK] * (positions % self.CHUNK > 0)
+        return nearest_codeword(x.reshape([-1, x.shape[-1]]), self.embedding.weight).reshape(x.shape[:-1])
 
 
 class Emu3VisionVQModel(CheckpointMixin, nn.Layer):

@@ -1,0 +1,199 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The released language model's size on this machine: random weights of its exact layout, loaded and drawing.
+
+    python benchmarks/released.py                          # int8 and int4
+    python benchmarks/released.py --dtypes int8 --size 4 15
+
+Writes a checkpoint of 17 GB, bfloat16 in shards, once. For each dtype a process loads it, draws one picture with
+guidance and saves the quantized model, and another one loads that. Told are seconds of loading, peak memory by the
+operating system's count, and passes a second as a share of the limit: the bytes that a pass must read, at the rate at
+which this machine reads 1 GiB. The table goes into benchmarks/RESULTS.md.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from measure import timed
+from report import NEGATIVE_PROMPT, PROMPT, put_section
+
+TITLE = "The released language model's size (8.49 billion parameters), quantized"
+SHARD_BYTES = 5_000_000_000
+SPARE_BYTES = 2 << 30  # left free on the disk
+PART = 1 << 22  # random numbers made at a time
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", default=["int8", "int4"], choices=["int8", "int4", "bfloat16"])
+    parser.add_argument("--size", nargs=2, type=int, default=[16, 31], help="rows and columns of codes (512 tokens)")
+    parser.add_argument("--directory", type=Path, default=HERE / "run/released", help="of the checkpoint, kept")
+    parser.add_argument("--report", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--work", choices=["draw", "load"], help=argparse.SUPPRESS)
+    parser.add_argument("--saved", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        return print(json.dumps(measure(args)))
+    write(args.directory)
+    rows = []
+    for dtype in args.dtypes:
+        with tempfile.TemporaryDirectory(dir=args.directory.parent) as saved:
+            first, again = (start(args, dtype, work, saved) for work in ("draw", "load"))
+        rows.append({"dtype": dtype, **first, "again_s": again["load_s"], "again_peak_bytes": again["load_peak_bytes"]})
+        print(json.dumps(rows[-1]), flush=True)
+    put_section(args.report, TITLE, section(args.size, rows))
+    print(f"wrote {args.report}")
+
+
+def start(args, dtype, work, saved):
+    command = [sys.executable, "-W", "ignore", __file__, f"--work={work}", f"--dtypes={dtype}", f"--saved={saved}"]
+    command += [f"--directory={args.directory}", "--size", *map(str, args.size)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- the checkpoint --------------------------------------------------------------------------------------
+
+
+def write(directory):
+    """The released layout with random weights, scaled so that signals keep their size."""
+    import paddle
+
+    from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM
+    from paddlemix.models.emu3.checkpoint import write_safetensors
+
+    if (directory / "config.json").exists():  # comes last: with it all is there
+        return
+    with paddle.LazyGuard():
+        shapes = {name: list(t.shape) for name, t in Emu3ForCausalLM(Emu3Config()).state_dict().items()}
+    sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(directory).free, sum(sizes.values())
+    if free < needed + SPARE_BYTES:
+        raise SystemExit(f"{directory} needs {needed / 1e9:.1f} GB and 2 GB to spare, {free / 1e9:.1f} GB are free")
+    shards, size = [{}], 0
+    for name, shape in shapes.items():
+        if size + sizes[name] > SHARD_BYTES:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = ("bfloat16", shape)
+        size += sizes[name]
+    rng, weight_map = np.random.default_rng(0), {}
+    pool = rng.standard_normal(4 * PART, dtype=np.float32)
+    for i, layout in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(directory / file, layout, lambda name: random_tensor(rng, pool, name, shapes[name]))
+        weight_map.update(dict.fromkeys(layout, file))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    Emu3Config(torch_dtype="bfloat16").save_pretrained(directory)
+
+
+def random_tensor(rng, pool, name, shape):
+    """bfloat16: pieces of a pool of normal numbers, each from a place and of a width of its own, for speed."""
+    import ml_dtypes
+
+    if len(shape) == 1:  # a norm
+        return np.ones(shape, ml_dtypes.bfloat16)
+    out = np.empty(math.prod(shape), ml_dtypes.bfloat16)
+    width = 1 if "embed_tokens" in name else 1 / math.sqrt(shape[1])
+    for start in range(0, out.size, PART):
+        count, place = min(PART, out.size - start), rng.integers(len(pool) - PART)
+        out[start : start + count] = pool[place : place + count] * np.float32(width * rng.uniform(0.8, 1.2))
+    return out
+
+
+# --- in a process of its own -----------------------------------------------------------------------------
+
+
+def measure(args):
+    threads = len(os.sched_getaffinity(0))
+    import paddle
+    from ours import limits
+
+    from paddlemix.models.emu3 import Emu3ForCausalLM
+    from paddlemix.utils import peak_host_memory
+
+    paddle.base.core.set_num_threads(threads)
+    if args.work == "load":
+        load_s, _ = timed(lambda: Emu3ForCausalLM.from_pretrained(args.saved, progress=False))
+        return {"load_s": load_s, "load_peak_bytes": peak_host_memory()}
+    load_s, model = timed(lambda: Emu3ForCausalLM.from_pretrained(args.directory, dtype=args.dtypes[0], progress=False))
+    result = {"load_s": load_s, "load_peak_bytes": peak_host_memory(), **draw(model, *args.size)}
+    result["peak_bytes"] = peak_host_memory()
+    result["read_bytes_per_s"] = max(limits(threads)["read_bytes_per_s"].values())
+    result["save_s"], _ = timed(model.save_pretrained, args.saved)
+    return result
+
+
+def draw(model, height, width):
+    """Greedy, with guidance, step by step: seconds of the first pass, which reads the prompts, and of a later one."""
+    from paddlemix.models.emu3 import ImageGrammar, generate_images
+    from paddlemix.models.emu3.generation_emu3 import Sampling
+
+    c, rng, times = model.config, np.random.default_rng(0), [time.perf_counter()]
+    grammar = ImageGrammar(
+        img=c.img_token_id, boi=c.boi_token_id, eoi=c.eoi_token_id, eol=c.eol_token_id, eof=c.eof_token_id,
+        eos=c.eos_token_id, pad=c.pad_token_id, first_visual=151854, codebook_size=32768,
+    )  # fmt: skip
+    prompts = [
+        [c.bos_token_id, *rng.integers(256, 100_000, n).tolist(), c.boi_token_id, c.img_token_id]
+        for n in (PROMPT, NEGATIVE_PROMPT)
+    ]
+    pictures = generate_images(
+        model, prompts[:1], [(height, width)], grammar, prompts[1:], sampling=Sampling(top_k=1), decoding="step",
+        on_tokens=lambda count: times.append(time.perf_counter()),
+    )  # fmt: skip
+    passes = pictures.forward_passes
+    return {
+        "codes": height * width, "distinct": len(np.unique(pictures.codes[0])), "prompt_s": times[1] - times[0],
+        "seconds": times[-1] - times[0], "pass_s": (times[passes] - times[1]) / (passes - 1),
+        "pass_bytes": pass_bytes(model, len(prompts[1]) + height * (width + 1) / 2, grammar.codebook_size),
+    }  # fmt: skip
+
+
+def pass_bytes(model, tokens, visual_tokens):
+    """Bytes that a pass must read: the layers, the visual rows of the head, keys and values of two rows."""
+    state = {name: t.element_size() * math.prod(t.shape) for name, t in model.state_dict().items()}
+    layers = sum(size for name, size in state.items() if name.startswith("model.layers."))
+    head = sum(size for name, size in state.items() if name.startswith("lm_head."))
+    c, itemsize = model.config, model.make_cache(1, 1).keys[0].element_size()
+    kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * itemsize
+    return int(layers + head * visual_tokens / c.vocab_size + 2 * tokens * kv)
+
+
+def section(size, rows):
+    text = (
+        "| | loaded from bfloat16 | from its own files | peak, loading | drawing | the prompts | a pass | passes/s "
+        "| the limit | reached |\n" + "|---" * 10 + "|\n"
+    )
+    for r in rows:
+        limit = r["pass_bytes"] / r["read_bytes_per_s"]
+        cells = [
+            r["dtype"], f"{r['load_s']:.0f} s", f"{r['again_s']:.0f} s", f"{r['load_peak_bytes'] / 1e9:.2f} GB",
+            f"{r['peak_bytes'] / 1e9:.2f} GB", f"{r['prompt_s']:.1f} s", f"{r['pass_s']:.3f} s",
+            f"{1 / r['pass_s']:.2f}", f"{limit:.3f} s", f"{limit / r['pass_s']:.0%}",
+        ]  # fmt: skip
+        text += "| " + " | ".join(cells) + " |\n"
+    rates = ", ".join(f"{r['pass_bytes'] / 1e9:.2f} GB at {r['read_bytes_per_s'] / 1e9:.1f} GB/s" for r in rows)
+    tokens = size[0] * (size[1] + 1) + 3
+    text += f"""
+`benchmarks/released.py`: random weights of the released layout, one picture of {size[0]} x {size[1]} codes ({tokens}
+tokens) with guidance, two rows of a batch, step by step. A pass draws a code; the limit is what it must read
+({rates}). The peaks are the process's, by the operating system's count.
+"""
+    return text
+
+
+if __name__ == "__main__":
+    main()
