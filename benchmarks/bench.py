@@ -75,8 +75,8 @@ def main():
     common = {"limits": limits, "versions": {k: v for r in rates for k, v in r["versions"].items()}}
     common["machine"] = machine(args.threads)
     for part in QUICK if args.quick else args.parts:
-        kind, size = part.split("-")
-        result = (measure_vision if kind == "vision" else measure_drawing)(args, int(size))
+        kind, size, *dtype = part.split("-")
+        result = (measure_vision if kind == "vision" else measure_drawing)(args, int(size), *dtype)
         results[part] = {**result, **common}
         write_atomically(path, json.dumps(results, indent=1) + "\n")
         for title, body in sections(report(results)).items():  # those of other programs stay
@@ -86,7 +86,7 @@ def main():
     return int(not all(r["equal"] for r in results.values()))
 
 
-def run(args, side, work, checkpoint=None, inputs=None, outputs=None, warm=0):
+def run(args, side, work, checkpoint=None, inputs=None, outputs=None, warm=0, dtype="float32"):
     """Start measure.py, or for work "autoencode" the command itself, and give back its JSON."""
     python = sys.executable if side == "ours" else args.peer_python.absolute()
     print(f"  {side.split('.')[0]}: {work} ...", end=" ", flush=True)
@@ -98,16 +98,21 @@ def run(args, side, work, checkpoint=None, inputs=None, outputs=None, warm=0):
         command = [HERE / "measure.py", side, work, f"--threads={args.threads}", f"--warm={warm}"]
         command += [f"--inputs={inputs}", f"--outputs={outputs}"] if inputs else []
         command += [f"--checkpoint={args.directory / 'checkpoints' / checkpoint}"] if checkpoint is not None else []
-        command += [f"--decoding={args.decoding}"] if side == "ours" and work == "draw" else []
-    threads = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    start = datetime.datetime.now()
-    done = subprocess.run(
-        [python, *command], capture_output=True, text=True, env={**os.environ, **threads, "HF_HUB_OFFLINE": "1"}
-    )
+        command += [f"--decoding={args.decoding}", f"--dtype={dtype}"] if side == "ours" and work == "draw" else []
+    output = start([python, *command], args.threads)
+    return json.loads(stats.read_text() if work == "autoencode" else output.splitlines()[-1])
+
+
+def start(command, threads, **environment):
+    """Run a command with so many threads, tell how long it took, and give back what it printed."""
+    limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    environment = {**os.environ, **limits, "HF_HUB_OFFLINE": "1", **environment}
+    begin = datetime.datetime.now()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"failed with {done.returncode}\n{done.stderr[-3000:]}")
-    print(f"{(datetime.datetime.now() - start).total_seconds():.0f} s", flush=True)
-    return json.loads(stats.read_text() if work == "autoencode" else done.stdout.splitlines()[-1])
+    print(f"{(datetime.datetime.now() - begin).total_seconds():.0f} s", flush=True)
+    return done.stdout
 
 
 def measure_vision(args, size):
@@ -157,9 +162,12 @@ def measure_vision(args, size):
     return result
 
 
-def measure_drawing(args, size):
-    """One picture of size x size tokens, greedy, with guidance; the prompts are fixed ids, so no text is needed."""
-    print(f"drawing, {size} x {size} tokens", flush=True)
+def measure_drawing(args, size, dtype="float32"):
+    """One picture of size x size tokens, greedy, with guidance; the prompts are fixed ids, so no text is needed.
+
+    `dtype` is of our weights; the peer stays in float32, and only with float32 must its tokens be ours.
+    """
+    print(f"drawing, {size} x {size} tokens, {dtype}", flush=True)
     c, rng = Emu3Config, np.random.default_rng(0)
     digits = [ord(d) - 33 for d in f"{size}*{size}"]  # the vocabulary begins with the bytes from "!" on
     prompts = [
@@ -173,14 +181,14 @@ def measure_drawing(args, size):
         eof=c.eof_token_id, eoi=c.eoi_token_id, eos=c.eos_token_id, pad=c.pad_token_id,
     )  # fmt: skip
     outputs = {side: args.directory / f"{side}.npz" for side in ("ours", "again", "peer")}
-    ours = run(args, "ours", "draw", "language", inputs, outputs["ours"], args.warm)
+    ours = run(args, "ours", "draw", "language", inputs, outputs["ours"], args.warm, dtype)
     peer = None
     if not args.no_peer:
         peer = run(args, "peer.theirs", "draw", "language", inputs, outputs["peer"], args.peer_warm)
-    again = run(args, "ours", "draw", "language", inputs, outputs["again"], args.warm)
+    again = run(args, "ours", "draw", "language", inputs, outputs["again"], args.warm, dtype)
     first = [ours["calls"].pop(0), again["calls"].pop(0)]
     ours["calls"] = [*first, *ours["calls"], *again["calls"]]
-    read = drawing_bytes(Emu3Config.from_pretrained(args.directory / "checkpoints/language"), size, size)
+    read = drawing_bytes(Emu3Config.from_pretrained(args.directory / "checkpoints/language"), size, size, dtype)
     rows = []
     for when in ("first call", "warm"):
         sides = {"ours": times(ours["calls"], len(first), when)}
@@ -189,7 +197,7 @@ def measure_drawing(args, size):
         rows.append({"work": "draw", "when": when, "bytes": read, "tokens": size * (size + 1) + 3, **sides})
     codes = {side: np.load(path)["codes"] for side, path in outputs.items() if peer or side != "peer"}
     checks = [(bool((codes["ours"] == codes["again"]).all()), "ours gives the same tokens again")]
-    if peer:
+    if peer and dtype == "float32":
         top = np.load(outputs["peer"])
         checks.append(compare_tokens(codes["ours"], codes["peer"], top["top_codes"], top["top_logits"]))
     passes = first[0]["forward_passes"]

@@ -49,7 +49,7 @@ def vision(side, args):
 def draw(side, args):
     """Draw one picture greedily, with guidance."""
     inputs = {name: value.tolist() for name, value in np.load(args.inputs).items()}
-    load_s, draw_picture = timed(side.load_drawing, args.checkpoint, inputs, args.decoding)
+    load_s, draw_picture = timed(side.load_drawing, args.checkpoint, inputs, args.decoding, args.dtype)
     calls = []
     for _ in range(1 + args.warm):
         seconds, (codes, passes) = timed(draw_picture)
@@ -67,6 +67,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--warm", type=int, default=0, help="calls after the first")
     parser.add_argument("--decoding", default="step")
+    parser.add_argument("--dtype", default="float32", help="of the language model's weights")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -24,9 +24,12 @@ def start(threads):
     import paddle
     import paddlenlp
 
+    from paddlemix.external_ops import operators
+
     paddle.base.core.set_num_threads(threads)
     paddle.set_device("cpu")
-    return {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}
+    compiled = "compiled" if operators() else "not there"
+    return {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__, "custom operators": compiled}
 
 
 def load_vision(directory):
@@ -47,14 +50,14 @@ def load_vision(directory):
     return encode, decode
 
 
-def load_drawing(directory, inputs, decoding):
+def load_drawing(directory, inputs, decoding, dtype):
     from paddlemix.models.emu3 import Emu3ForCausalLM, ImageGrammar, generate_images
     from paddlemix.models.emu3.generation_emu3 import Sampling
 
     options = {"decoding": decoding} if "decoding" in inspect.signature(generate_images).parameters else {}
     if decoding != "step" and not options:
         raise SystemExit(f"generate_images knows no decoding {decoding!r}")
-    model = Emu3ForCausalLM.from_pretrained(directory, dtype="float32")
+    model = Emu3ForCausalLM.from_pretrained(directory, dtype=dtype)
     config = model.config
     grammar = ImageGrammar(
         img=config.img_token_id, boi=config.boi_token_id, eoi=config.eoi_token_id, eol=config.eol_token_id,

@@ -4,7 +4,9 @@
 from paddlemix.models.emu3.configuration_emu3 import Emu3Config
 from paddlemix.utils import write_atomically
 
-PARTS = ("vision-128", "vision-256", "vision-512", "draw-8", "draw-16")
+PARTS = ("vision-128", "vision-256", "vision-512", "draw-8", "draw-16", "draw-16-int8", "draw-16-int4")
+# of a weight; of 4 bits with a scale for 128 of them, int8's scales are less than a hundredth
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5 + 4 / 128}
 VISUAL_TOKENS = 32768
 PROMPT, NEGATIVE_PROMPT = 24, 64  # text tokens; about what a short prompt and the released negative prompt have
 
@@ -56,16 +58,18 @@ def layer_weights(config):
     return config.num_hidden_layers * (attention + mlp + 2 * config.hidden_size) + config.hidden_size
 
 
-def bytes_per_pass(config, tokens, rows=2, itemsize=4):
-    """Bytes that a step must read: layers, the visual rows of the head, keys and values of `rows` x `tokens`."""
+def bytes_per_pass(config, tokens, rows=2, dtype="float32"):
+    """Bytes that a step must read: layers, the visual rows of the head, keys and values of `rows` x `tokens`, which
+    are of 16 bits where the weights are not float32."""
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return itemsize * (layer_weights(config) + VISUAL_TOKENS * config.hidden_size + rows * tokens * kv)
+    cache = rows * tokens * kv * (4 if dtype == "float32" else 2)
+    return WEIGHT_BYTES[dtype] * (layer_weights(config) + VISUAL_TOKENS * config.hidden_size) + cache
 
 
-def drawing_bytes(config, height, width):
+def drawing_bytes(config, height, width, dtype="float32"):
     """Bytes of a whole picture, step by step: row ends and closing tokens need no pass of their own."""
     mean_tokens = (PROMPT + NEGATIVE_PROMPT) / 2 + height * (width + 1) / 2
-    return height * width * bytes_per_pass(config, mean_tokens)
+    return height * width * bytes_per_pass(config, mean_tokens, dtype=dtype)
 
 
 # --- RESULTS.md ------------------------------------------------------------------------------------------
@@ -114,8 +118,8 @@ def table_row(name, row, limits):
 
 
 def name_of(part, work):
-    kind, size = part.split("-")
-    return f"{size} x {size} pixels, {work}" if kind == "vision" else f"{size} x {size} tokens"
+    kind, size, *dtype = part.split("-")
+    return f"{size} x {size} pixels, {work}" if kind == "vision" else ", ".join([f"{size} x {size} tokens", *dtype])
 
 
 def summary(part, result):
@@ -125,8 +129,9 @@ def summary(part, result):
 
 INTRODUCTION = """# Results of `make bench`
 
-Written by `benchmarks/bench.py`; its head tells how to run it. float32 on a CPU; the same random weights, cores and
-threads for both; every measurement in a process of its own, which is read to its peak by the operating system's count.
+Written by `benchmarks/bench.py`; its head tells how to run it. On a CPU, in float32 where no other type is named; the
+same random weights, cores and threads for both; every measurement in a process of its own, which is read to its peak by
+the operating system's count.
 """
 
 
@@ -174,7 +179,8 @@ convolution; of those that follow a doubling, 4 of 9 products. transformers comp
         """\
 Greedy. Tokens are those from the first visual token to the end of sequence. The limit is that of drawing step by step:
 for each visual token the layers' weights, the visual rows of the head and the keys and values, at the best rate of
-reading 1 GiB. The peaks are those of memory in use, mapped files included.""",
+reading 1 GiB. The peaks are those of memory in use, mapped files included. int8 and int4 are ours alone, beside
+transformers in float32: their tokens are not float32's, so that equality with transformers is checked in float32.""",
     ),
 )
 
@@ -184,7 +190,7 @@ def gpu_arithmetic(config, side=90, read_per_s=3.35e12, operations_per_s=989e12)
     tokens = (PROMPT + NEGATIVE_PROMPT) / 2 + side * (side + 1) / 2
     parameters = layer_weights(config) + 2 * config.vocab_size * config.hidden_size
     layers, head = 2 * layer_weights(config), 2 * VISUAL_TOKENS * config.hidden_size  # bytes
-    read = bytes_per_pass(config, tokens, itemsize=2)
+    read = bytes_per_pass(config, tokens, dtype="bfloat16")
     seconds = read / read_per_s
     rows = "".join(f"| {k} | {k / seconds:.0f} | {side**2 / k * seconds:.1f} s |\n" for k in (1, 2, 3, 4))
     return f"""

@@ -53,8 +53,24 @@ def test_bytes_of_a_step_are_those_of_the_released_checkpoints_layers():
     config = Emu3Config()
     assert report.layer_weights(config) == layers
     kv = 32 * 2 * 8 * 128  # layers, keys and values, key heads, their size
-    assert report.bytes_per_pass(config, tokens=10, itemsize=2) == 2 * (layers + 32768 * 4096 + 2 * 10 * kv)
+    assert report.bytes_per_pass(config, tokens=10, dtype="bfloat16") == 2 * (layers + 32768 * 4096 + 2 * 10 * kv)
     assert "8.49 billion" in report.gpu_arithmetic(config)
+
+
+def test_bytes_of_a_picture_in_fewer_bits():
+    """Less by what the weights lose: three bytes of four, or three and a half but for a scale among 128."""
+    config = Emu3Config(hidden_size=1024, intermediate_size=3584, num_hidden_layers=8, num_attention_heads=16)
+    weights = report.layer_weights(config) + 32768 * 1024
+    cache = 16 * 16 * 2 * (24 / 2 + 64 / 2 + 16 * 17 / 2) * 2 * 8 * config.num_key_value_heads * 64
+    passes = 16 * 16
+    assert report.drawing_bytes(config, 16, 16) == passes * 4 * weights + 4 * cache
+    assert report.drawing_bytes(config, 16, 16, "int8") == passes * weights + 2 * cache
+    assert report.drawing_bytes(config, 16, 16, "int4") == passes * (weights / 2 + weights / 32) + 2 * cache
+
+
+def test_parts_are_named():
+    assert report.name_of("draw-16", "draw") == "16 x 16 tokens"
+    assert report.name_of("draw-16-int8", "draw") == "16 x 16 tokens, int8"
 
 
 def test_codes_may_differ_only_where_two_codewords_are_equally_near():

@@ -59,13 +59,13 @@ def load_vision(directory):
     return encode, lambda codes: model.decode(torch.from_numpy(codes)).numpy()
 
 
-def load_drawing(directory, inputs, decoding):
+def load_drawing(directory, inputs, decoding, dtype):
     released = json.loads((directory / "config.json").read_text())
     config = transformers.Emu3TextConfig(
         **{k: v for k, v in released.items() if k not in ("model_type", "torch_dtype")}
     )
     model = transformers.Emu3ForCausalLM.from_pretrained(
-        directory, config=config, dtype=torch.float32, attn_implementation="sdpa"
+        directory, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
     )
     loaded["model"] = model.eval()
     height, width = inputs["size"]
