@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench
 import measure
+import operators
 import ours
 import quality
 import released
@@ -188,3 +189,64 @@ def test_random_weights_of_the_released_size():
     assert weight.dtype == "bfloat16" and weight.shape == ((released.PART // 1024 + 7) * 2048,)
     assert float(weight.astype(np.float32).std()) == pytest.approx(2048**-0.5, rel=0.25)
     assert (released.random_tensor(rng, pool, "model.norm.weight", [4]) == 1).all()
+
+
+@pytest.mark.parametrize("part", operators.PARTS)
+def test_operators_are_measured_and_compared(part):
+    """Every side has its cases, and ours is right with the operators or without."""
+    sides = {side: operators.measure(part, side, operators.SMALL, 0)
+             for side in operators.PARTS[part].sides if side != "torch"}  # fmt: skip
+    for case, values in sides["ours"].items():
+        assert values["error"] < operators.LARGEST_ERROR, case
+    for side, cases in sides.items():
+        expected = [case for case in sides["ours"] if part == "attention" or side != "paddle" or "float32" in case]
+        assert list(cases) == expected and all(values["seconds"] > 0 for values in cases.values())
+    rounds = {case: {s: [cases[case]] for s, cases in sides.items() if case in cases} for case in sides["ours"]}
+    result = {"cases": {case: operators.medians(r) for case, r in rounds.items()}, "read_bytes_per_s": {"sum": 1e10}}
+    lines = operators.table(part, result).splitlines()
+    assert len(lines) == 2 + len(rounds) and len({line.count("|") for line in lines}) == 1
+
+
+def test_a_wrong_result_of_an_operator_is_seen(monkeypatch):
+    from paddlemix.external_ops import few_rows_linear as module
+
+    right = module.few_rows_linear
+    monkeypatch.setattr(module, "few_rows_linear", lambda x, *weight: right(x, *weight) * 1.0001)
+    cases = operators.measure("linear", "ours", operators.SMALL, 0)
+    assert not any(operators.equal(values) for values in cases.values())
+    codes, latents = np.array([1, 1]), np.array([[0.0, 1.0], [3.0, 0.0]])
+    assert operators.excess(codes[1:], latents[1:], latents) == 0
+    assert operators.excess(codes, latents, latents) == 1.0  # the first is as far as they can be
+    assert not operators.equal({"error": math.nan})
+
+
+def test_sums_of_the_operators_table():
+    sides = {"ours": [0.004, 0.002, 0.003], "paddle": [0.009, 0.012, 0.03], "torch": [0.02]}
+    few = {
+        side: [{"seconds": s, "bytes": 60_000_000, "error": s * 1e-3} for s in times] for side, times in sides.items()
+    }
+    case = operators.medians(few)
+    assert case == {"seconds": {"ours": 0.003, "paddle": 0.012, "torch": 0.02}, "bytes": 60_000_000, "error": 4e-6}
+    quantized = {"seconds": {"ours": 0.001}, "bytes": 16_000_000, "error": 0.0}
+    cases = {"up [2, 3] | float32 | 2": case, "up [2, 3] | int8 | 2": quantized}
+    text = operators.table("linear", {"cases": cases, "read_bytes_per_s": {"a": 2e10, "b": 2.5e10}})
+    assert "| float32 | 2 | 3.00 ms | 20.0 | 80% | 12.00 ms | **4.00** | 20.00 ms | **6.67** | 4e-06 |" in text
+    assert "| int8 | 2 | 1.00 ms | 16.0 | 64% | 12.00 ms | **12.00** | 20.00 ms | **20.00** | 0e+00 |" in text
+    many = {"seconds": {"ours": 2.0, "paddle": 3.0}, "operations": 3e11, "error": 0.0}
+    text = operators.table("blocked", {"cases": {"up [2, 3] | float32 | 512": many}, "read_bytes_per_s": {"a": 1}})
+    assert "| 2.00 s, 150 GFLOP/s | 3.00 s, 100 GFLOP/s | **1.50** |" in text
+    wrong = {"cases": {**cases, "up [2, 3] | int4 | 2": {**quantized, "error": 1e-3}}, "rounds": 3, "versions": {}}
+    wrong.update(machine=bench.machine(1), read_bytes_per_s={"a": 1e10})
+    text = operators.section({"linear": wrong})
+    assert "**NOT EQUAL**: up [2, 3], int4, 2;" in text and "### Few rows" in text and "### Many rows" not in text
+
+
+def test_calls_take_turns_over_copies():
+    import paddle
+
+    seen = []
+    operators.median_seconds([lambda i=i: seen.append(i) for i in range(3)], 0)
+    assert seen == [2, 0, 1, 2]
+    turns = operators.copies(SimpleNamespace(rotated=1000), [paddle.ones([5, 10]), None])  # of 200 bytes
+    assert [(weight.tolist(), scale) for weight, scale in turns] == 5 * [([10 * [1.0]] * 5, None)]
+    assert len({weight.data_ptr() for weight, _ in turns}) == 5
