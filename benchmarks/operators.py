@@ -44,7 +44,6 @@ KINDS = ("float32", "bfloat16", "int8", "int4")
 NEW_TOKENS, BATCH = (1, 16), 2
 CHECKED = 16  # rows of a product that are compared
 LARGEST_ERROR = 1e-5  # of the largest result
-LEAST_CALLS = 3
 
 
 def main():
@@ -141,10 +140,10 @@ def measure(part, side, sizes, seconds):
 
 
 def median_seconds(calls, seconds):
-    """Of one call, taking turns; calls of `seconds` in all, and three at the least."""
+    """Of one call, taking turns, until `seconds` have gone by: of slow ones once in each round."""
     calls[-1]()  # makes threads and buffers
     times, turns = [], itertools.cycle(calls)
-    while sum(times) < seconds or len(times) < LEAST_CALLS:
+    while not times or sum(times) < seconds:
         times.append(timed(next(turns))[0])
     return statistics.median(times)
 
