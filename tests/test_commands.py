@@ -107,7 +107,7 @@ def test_see(folder):
 
 
 def test_draw(folder):
-    line = DRAW.replace("720", "64") + " --seed=5 --stats_json stats.json"
+    line = DRAW.replace("720", "64") + " --seed=5 --decoding=step --stats_json stats.json"
     done = shell(line, folder)
     assert done.returncode == 0 and only_notes(done.stderr.splitlines())
     assert last_line(done.stdout) == "wrote result_0.png"

@@ -118,19 +118,28 @@ def test_jacobi_draws_the_same_pictures(language_model, sizes, window, guidance_
     assert jacobi.forward_passes < 0.7 * step.forward_passes
 
 
-@pytest.mark.parametrize(("rows", "on_cpu", "window"), [(1, True, 2), (2, True, 0), (8, True, 0), (2, False, 16)])
-def test_auto_chooses_by_device_and_rows(rows, on_cpu, window):
-    assert generation._window("auto", None, rows, on_cpu) == window
-    assert generation._window("step", None, rows, on_cpu) == 0
-    assert generation._window("jacobi", 5, rows, on_cpu) == 5
+@pytest.mark.parametrize(
+    ("rows", "cheap_rows", "window"), [(1, 2, 2), (2, 2, 0), (1, 6, 6), (2, 6, 3), (4, 6, 0), (2, 4, 2), (2, None, 16)]
+)
+def test_auto_chooses_by_device_and_rows(rows, cheap_rows, window):
+    assert generation._window("auto", None, rows, cheap_rows) == window
+    assert generation._window("step", None, rows, cheap_rows) == 0
+    assert generation._window("jacobi", 5, rows, cheap_rows) == 5
+
+
+def test_cheap_rows_follow_the_operators(language_model, monkeypatch):
+    monkeypatch.setattr(generation, "operators", lambda: None)
+    assert generation._cheap_rows(language_model) == 2
+    monkeypatch.setattr(generation, "operators", object)
+    assert generation._cheap_rows(language_model) == generation.CHEAP_ROWS[language_model.weight_dtype] > 2
 
 
 @pytest.mark.parametrize("decoding", ["step", "jacobi"])
 @pytest.mark.parametrize("sizes", [[(4, 3)], [(3, 5), (4, 3)], [(3, 4)] * 2])
 def test_an_interrupted_drawing_goes_on_to_the_same_pictures(language_model, sizes, decoding):
     how = language_model, PROMPTS[: len(sizes)], sizes, GRAMMAR, NEGATIVE[: len(sizes)], 3.0, Sampling(seed=3)
-    whole, rows = generate_images(*how), []
-    generate_images(*how, decoding="step", on_row=rows.append)
+    rows = []
+    whole = generate_images(*how, decoding="step", on_row=rows.append)
     [told, left] = [], []
 
     def interrupt(drawn):

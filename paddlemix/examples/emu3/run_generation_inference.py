@@ -185,8 +185,8 @@ if __name__ == "__main__":
         default="auto",
         choices=["auto", "step", "jacobi"],
         help="step: a token a pass; jacobi: many guessed tokens a pass, of which the right ones stay, which gives the "
-        "same picture; auto: jacobi on a GPU, where more tokens a pass cost little, and for one picture without "
-        "guidance, else step",
+        "same picture; auto: jacobi where more tokens a pass cost little: on a GPU, and for one picture on a CPU with "
+        "the compiled operators or without guidance; else step",
     )
     parser.add_argument("--preview", metavar="FILE", help="a PNG of what is drawn so far, rewritten every few rows")
     parser.add_argument(
