@@ -70,7 +70,8 @@ class Emu3RMSNorm(nn.Layer):
 
     def forward(self, x):
         if x.dtype == paddle.float32:
-            return fused_rms_norm(x, self.weight.astype("float32"), self.eps)[0]
+            weight = self.weight if self.weight.dtype == x.dtype else self.weight.astype(x.dtype)
+            return fused_rms_norm(x, weight, self.eps)[0]
         h = x.astype("float32")  # of 16 bits the original rounds before the weight comes in
         h = h * paddle.rsqrt((h * h).mean(axis=-1, keepdim=True) + self.eps)
         return self.weight.astype(x.dtype) * h.astype(x.dtype)
