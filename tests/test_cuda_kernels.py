@@ -1,48 +1,217 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The CUDA kernels compile, each by itself; what they compute is for check_cuda.py on a machine with a card."""
+"""The CUDA kernels where no card is: compiled with nvcc, and their arithmetic run on a CPU (cuda_on_host/)."""
 
+import ctypes
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import numpy as np
+import paddle
 import pytest
+from paddle.utils import cpp_extension
+from test_norms import EPSILON, error, reference, tensor
 
-OPS = Path(__file__).resolve().parent.parent / "paddlemix/external_ops"
-KERNELS = sorted(OPS.glob("*/*.cu"))
-ARCHITECTURES = ("80", "90")
+from paddlemix.external_ops import check_cuda
 
+ROOT = Path(__file__).resolve().parent.parent
+OPS = ROOT / "paddlemix" / "external_ops"
+HOST = Path(__file__).parent / "cuda_on_host"
+SOURCES = sorted(str(path.relative_to(OPS)) for path in OPS.rglob("*.cu"))
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
-def test_there_are_kernels():
-    assert {path.stem for path in KERNELS} == {"fused_ln", "nearest_codeword"}
-
-
-@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
-def test_compiles(source, tmp_path):
-    """For all architectures, without a warning, and with the functions that the header beside it promises."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed: the CUDA kernels are not compiled")
-    built = tmp_path / "kernel.o"
-    command = ["nvcc", "-std=c++17", "-O1", "--threads=2", "-Werror=all-warnings", "-c", str(source), f"-o={built}"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    (header,) = source.parent.glob("*_cuda.h")
-    promised = set(re.findall(r"\bint (emu3_\w+)\(", header.read_text()))
-    symbols = subprocess.run(["nm", "--defined-only", built], capture_output=True, text=True, check=True).stdout
-    assert promised and promised == set(re.findall(r" T (\w+)", symbols))
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc (of CUDA's toolkit) was not found")
 
 
-@pytest.mark.parametrize(
-    ("torch", "words"),
-    [("raise ImportError", "PyTorch is not installed"), ("class cuda: is_available = lambda: False", "no CUDA card")],
-)
-def test_what_check_cuda_lacks_is_one_line(tmp_path, torch, words):
-    if "card" in words and shutil.which("nvcc") is None:
-        words = "nvcc is not found"
-    (tmp_path / "torch.py").write_text(torch)
-    command = [sys.executable, OPS / "check_cuda.py"]
-    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
-    assert run.returncode == 2 and words in run.stderr and run.stderr.count("\n") == 1
+def run(*command, **options):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_setup_collects_every_source(monkeypatch):
+    """With a CUDA build of Paddle and nvcc; nothing is compiled."""
+    asked = {}
+    monkeypatch.setenv("PADDLE_CUDA_ARCH_LIST", "80;90")
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda name, **_: name)
+    monkeypatch.setattr(cpp_extension, "CUDAExtension", lambda **given: given)
+    monkeypatch.setattr(cpp_extension, "setup", lambda **given: asked.update(given["ext_modules"]))
+    monkeypatch.chdir(OPS)  # where setup.py goes; and back
+    runpy.run_path(str(OPS / "setup.py"))
+    assert [source for source in asked["sources"] if source.endswith(".cu")] == SOURCES != []
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_for_cards(source, tmp_path):
+    """sm_80 and sm_90, no register spilled, and what its C header names comes out."""
+    both = [word for sm in (80, 90) for word in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
+    log = run(
+        NVCC, "-O3", "-std=c++17", "-Xcompiler=-fPIC", "-Xptxas=-v", "--threads=2", *both,
+        "-I", OPS, "-c", OPS / source, "-o", tmp_path / "out.o",
+    )  # fmt: skip
+    kernels = {sm: set(re.findall(rf"Compiling entry function '(\w+)' for 'sm_{sm}'", log)) for sm in (80, 90)}
+    assert kernels[80] and kernels[80] == kernels[90]
+    assert set(re.findall(r"\d+ bytes spill \w+", log)) == {"0 bytes spill stores", "0 bytes spill loads"}
+    headers = "".join(path.read_text() for path in (OPS / source).parent.glob("*_cuda.h"))
+    exported = re.findall(r" T (?!_Z)(\w+)", run("nm", "--defined-only", tmp_path / "out.o"))
+    assert sorted(exported) == sorted(re.findall(r"\bint (emu3_\w+)\(", headers)) != []
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", ["fused_ln/fused_ln.cc", "nearest_codeword/nearest_codeword.cc"])
+def test_paddle_side_compiles_with_cuda(source):
+    """What a CUDA build of Paddle compiles, against this Paddle's headers; Python's part of them asks for cuBLAS's."""
+    cuda = Path(run(NVCC, "--dryrun", "x.cu").split("_HERE_=")[1].split("\n")[0].strip()).parent
+    includes = [OPS, paddle.sysconfig.get_include(), f"{paddle.sysconfig.get_include()}/third_party"]
+    includes += [sysconfig.get_paths()["include"], cuda / "include" / "cccl", cuda / "include"]
+    defines = ["-DPADDLE_WITH_CUDA", "-DPADDLE_WITH_CUSTOM_KERNEL", "-DPADDLE_NO_PYTHON"]
+    run("g++", "-fsyntax-only", "-std=c++17", *defines, *(f"-I{path}" for path in includes), OPS / source)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return build_for_host(tmp_path_factory.mktemp("kernels"))
+
+
+def build_for_host(folder, change=lambda code: code):
+    """The CUDA sources compiled by g++ with cuda_on_host, loaded."""
+    for path in (*OPS.rglob("*.cu"), *OPS.rglob("*.cuh"), *OPS.rglob("*_cuda.h")):
+        launch = r"([\w:]+(?:<[^<>;]*>)?)\s*<<<([^;]*?)>>>\(([^;]*)\);"
+        code, found = re.subn(launch, r"cuda_on_host::launch(\2, [&] { \1(\3); });", change(path.read_text()))
+        assert "<<<" not in code and bool(found) == ("__global__" in code), path
+        (folder / path.name).write_text(code)
+    sources = [word for source in SOURCES for word in ("-x", "c++", folder / Path(source).name)]
+    run(
+        "g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off",
+        "-I", HOST, *sources, "-o", folder / "kernels.so",
+    )  # fmt: skip
+    return ctypes.CDLL(str(folder / "kernels.so"))
+
+
+@pytest.fixture(params=["forwards", "backwards"])
+def order(request, kernels):
+    """A card runs warps in any order."""
+    ctypes.c_int.in_dll(kernels, "cuda_on_host_backwards").value = request.param == "backwards"
+
+
+def address(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def like(tensor, shape=None, dtype=None):
+    """A tensor of NaNs to be written to."""
+    return paddle.full(tensor.shape if shape is None else shape, float("nan"), dtype or tensor.dtype)
+
+
+@pytest.mark.parametrize("types", [("float32", "float32"), ("float16", "float16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 7), (130, 36), (2, 1027), (1, 4100)])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_norm(kernels, order, layer_norm, shape, types):
+    rng = np.random.default_rng(0)
+    (x, x64), (scale, scale64), (dy, dy64) = (
+        tensor(rng, *given) for given in [(shape, types[0], 0.5), (shape[1:], types[1]), (shape, types[1])]
+    )
+    bias, bias64 = tensor(rng, shape[1:], types[1]) if layer_norm else (None, None)
+    y, invvar, dx, dscale = like(dy), like(x, shape[:1], "float32"), like(x), like(scale)
+    mean, dbias = (like(invvar), like(scale)) if layer_norm else (None, None)
+    codes, sizes = [TYPES[name] for name in types], [ctypes.c_int64(size) for size in shape]
+    pointers = map(address, (x, scale, bias, y, mean, invvar))
+    assert kernels.emu3_norm_forward(*codes, *pointers, *sizes, ctypes.c_float(EPSILON), None) == 0
+    workspace = like(x, [2, kernels.emu3_norm_parts(sizes[0]), shape[1]], "float32")
+    pointers = map(address, (x, scale, mean, invvar, dy, dx, dscale, dbias, workspace))
+    assert kernels.emu3_norm_backward(*codes, *pointers, *sizes, None) == 0
+
+    y64, mean64, invvar64, dx64, dscale64, dbias64 = reference(x64, scale64, bias64, dy64)
+    rounding = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
+    expected = [(y, y64), (invvar, invvar64), (dscale, dscale64)] + ([(dx, dx64)] if shape[1] > 1 else [])
+    for got, values in expected + ([(mean, mean64), (dbias, dbias64)] if layer_norm else []):
+        if values.size:
+            assert error(got, values) < 2 * rounding[got.dtype.name.lower()]
+
+
+@pytest.mark.parametrize("positions, size, dim", [(0, 3, 2), (1, 1, 1), (33, 513, 4), (40, 256, 8), (7, 300, 32)])
+def test_nearest_codeword(kernels, order, positions, size, dim):
+    rng = np.random.default_rng(2)
+    latents, codebook = (rng.standard_normal([n, dim]).astype(np.float32) for n in (positions, size))
+    codebook[size // 2 :] = codebook[: size - size // 2]  # of equal codewords the first
+    squares = [(values * values).sum(1) for values in (latents, codebook)]
+    codes = np.full(positions, -1)
+    arrays = latents, squares[0], np.ascontiguousarray(codebook.T), squares[1], codes
+    pointers = [ctypes.c_void_p(values.ctypes.data) for values in arrays]
+    assert kernels.emu3_nearest_codeword(*pointers, *map(ctypes.c_int64, (positions, dim, size)), None) == 0
+    distances = ((latents[:, None].astype(np.float64) - codebook) ** 2).sum(-1)
+    assert codes.tolist() == distances.argmin(1).tolist()
+
+
+@pytest.fixture(scope="module")
+def torch_python():
+    for python in (os.environ.get("PEER_PYTHON"), ROOT / ".venv-peer/bin/python", ROOT / ".venv-mini/bin/python"):
+        if not python or shutil.which(python) is None:
+            continue
+        if subprocess.run([python, "-c", "import torch"], capture_output=True).returncode == 0:
+            return python
+    pytest.skip("no Python with PyTorch: make bench makes .venv-peer, or name one in PEER_PYTHON")
+
+
+def check_with(torch_python, library, *arguments):
+    """What check_cuda.check gives of a library on a CPU: the rows of its table, and what is wrong."""
+    code = f"import ctypes, json, sys; sys.path.insert(0, {str(OPS)!r}); import check_cuda; "
+    code += f"print(json.dumps(check_cuda.check({library}, 'cpu')))"
+    return json.loads(run(torch_python, "-c", code, *arguments))
+
+
+def test_check_cuda_finds_nothing_wrong(kernels, torch_python):
+    rows, wrong = check_with(torch_python, "ctypes.CDLL(sys.argv[1])", kernels._name)
+    assert wrong == [] and len(rows) == 11
+    assert all(cases >= 14 and error < 1 for _, _, cases, error in rows)
+
+
+def test_check_cuda_finds_what_is_wrong(torch_python):
+    """Of a library that says that all is well and computes nothing."""
+    names = ["emu3_norm_forward", "emu3_norm_backward", "emu3_nearest_codeword"]
+    idle = f"type('Idle', (), dict.fromkeys({names}, lambda *_: 0) | {{'emu3_norm_parts': lambda *_: 1}})"
+    rows, wrong = check_with(torch_python, idle)
+    assert all(error > 1 for *_, error in rows)
+    for words in ["2^40 rows: accepted", "y is inf times", "dscale is inf times", "not the first of equal ones"]:
+        assert any(words in line for line in wrong), words
+
+
+def said(python, **environment):
+    """What check_cuda.py says where it can check nothing."""
+    done = subprocess.run([python, OPS / "check_cuda.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_check_cuda_says_what_is_missing(tmp_path, request):
+    assert "nvcc was not found" in said(sys.executable, PATH="", CUDA_HOME=str(tmp_path))
+    (tmp_path / "nvcc").touch(mode=0o755)
+    without = tmp_path / "torch.py"  # hides a PyTorch that is there
+    without.write_text("raise ModuleNotFoundError(name='torch')")
+    assert "PyTorch was not found" in said(sys.executable, PATH=str(tmp_path), PYTHONPATH=str(tmp_path))
+    python = request.getfixturevalue("torch_python")
+    assert "no CUDA card" in said(python, PATH=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+
+
+def test_check_cuda_builds_for(monkeypatch, tmp_path):
+    monkeypatch.delenv("PADDLE_CUDA_ARCH_LIST", raising=False)
+    assert check_cuda.architectures_asked() == []
+    for asked in ("80;90", "8.0 9.0", " 8.0, 90;"):
+        monkeypatch.setenv("PADDLE_CUDA_ARCH_LIST", asked)
+        assert check_cuda.architectures_asked() == ["80", "90"]
+    monkeypatch.setenv("PADDLE_CUDA_ARCH_LIST", "sm_80")
+    with pytest.raises(ValueError, match='must be as "80;90"'):
+        check_cuda.architectures_asked()
+    command = check_cuda.build_command("nvcc", ["80", "90"], tmp_path / "out.so")
+    assert command.count("-gencode") == 2
+    assert [word for word in command if word.endswith(".cu")] == [str(OPS / source) for source in SOURCES]

@@ -1,225 +1,333 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Checks and times the CUDA kernels on the card that is here; needs nvcc and PyTorch, not Paddle.
+"""Checks the CUDA kernels of this folder on a card and times them; needs nvcc and PyTorch, but not Paddle.
 
     python paddlemix/external_ops/check_cuda.py
 
-Compiles them for the card, compares values and gradients with float64, and tells microseconds beside the memory's
-limit: the bytes that must move, at the rate of a large copy. Exit code 1 where a number is wrong, 2 where it cannot
-run.
+It builds them for PADDLE_CUDA_ARCH_LIST ("80;90"), else for the card; compares values and gradients with float64, on
+tails, pointers that are not aligned, and few and many rows; and gives the bytes a second that a kernel cannot do
+without as a share of what a large copy moves. Exit code 1: a number is wrong; 2: nothing could be checked.
 """
 
 import ctypes
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+try:
+    import torch
+except ModuleNotFoundError:
+    torch = None
+
 HERE = Path(__file__).resolve().parent
-SOURCES = ("fused_ln/fused_ln.cu", "nearest_codeword/nearest_codeword.cu")
+TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # as in norm_cuda.h
+ROUNDING = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}  # of the largest number; sums are of float32
+NORM_TYPES = [("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"),
+              ("float32", "float16")]  # of x, of scale  # fmt: skip
+NORM_SHAPES = [(0, 8), (1, 1), (5, 1), (3, 7), (9, 129), (130, 36), (1, 1027), (2, 4100)]
+MORE_NORM_SHAPES = [(8200, 33), (70001, 5), (65, 4096), (300, 14336)]  # on a card: every slice of rows, many blocks
+CODEBOOKS = [(0, 3, 2), (1, 1, 1), (33, 257, 4), (31, 256, 3), (40, 513, 8), (64, 300, 5), (7, 512, 32)]
+MORE_CODEBOOKS = [(8100, 32768, 4), (100003, 1000, 4)]  # positions, size, dim
 EPSILON = 1e-5
-SHAPES = [(0, 8), (1, 1), (3, 7), (2, 129), (70, 1000), (65, 4096), (5, 20000)]  # rows, columns
-LATENTS = [(0, 3, 2), (1, 1, 1), (33, 513, 4), (1030, 100, 5), (200, 777, 32)]  # positions, codewords, dimensions
-BEST_OF = 20
+MARGIN = 64  # values before and after each tensor
 
 
 def main():
-    torch = import_torch()
-    kernels = Kernels(torch, build(torch))
-    types = {torch.float32: (0, 2e-6), torch.float16: (1, 2e-3), torch.bfloat16: (2, 1.6e-2)}  # code, rounding
-    wrong = 0
-    for x_type, (x_code, _) in types.items():
-        for w_type, (w_code, _) in types.items():
-            for layer_norm in (False, True):
-                worst = max(
-                    check_norm(torch, kernels, shape, (x_type, w_type), (x_code, w_code), layer_norm, offset)
-                    / max(types[x_type][1], types[w_type][1])
-                    for shape in SHAPES
-                    for offset in (0, 1)  # 1: no pointer is aligned to more than a value
-                )
-                name = f"{'layer' if layer_norm else 'RMS'} norm of {x_type}, scale {w_type}"
-                wrong += tell(name, worst <= 1, f"{worst:.2f} of the rounding allowed")
-    for positions, size, dim in LATENTS:
-        count = check_codewords(torch, kernels, positions, size, dim)
-        wrong += tell(f"nearest codeword, {positions} of {size} x {dim}", count == 0, f"{count} wrong")
-    time_all(torch, kernels)
-    if wrong:
-        sys.exit(1)
-
-
-def import_torch():
-    """PyTorch with a card, or the line that says what is missing."""
-    try:
-        import torch
-    except ImportError:
-        give_up("PyTorch is not installed: pip install torch")
-    if shutil.which("nvcc") is None:
-        give_up("nvcc is not found: install the CUDA toolkit, or put its bin folder on PATH")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if nvcc is None:
+        return "nvcc was not found: install CUDA's toolkit, or put its bin folder on PATH"
+    if torch is None:
+        return f"PyTorch was not found: install it for {sys.executable}, or run this with the Python that has it"
     if not torch.cuda.is_available():
-        give_up("PyTorch sees no CUDA card here")
-    return torch
-
-
-def give_up(why):
-    print(f"check_cuda.py: {why}", file=sys.stderr)
-    sys.exit(2)
-
-
-def tell(name, right, detail):
-    print(f"{'ok   ' if right else 'WRONG'}  {name}: {detail}", flush=True)
-    return not right
-
-
-def build(torch):
-    """One shared library of all kernels, for this card."""
-    architecture = "".join(map(str, torch.cuda.get_device_capability()))
+        return "PyTorch sees no CUDA card"
+    try:
+        architectures = architectures_asked() or ["{}{}".format(*torch.cuda.get_device_capability())]
+    except ValueError as error:
+        return str(error)
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "kernels.so"
-        command = ["nvcc", "-O3", "-std=c++17", f"-arch=sm_{architecture}", "-shared", "-Xcompiler=-fPIC"]
-        run = subprocess.run(
-            [*command, *(str(HERE / s) for s in SOURCES), f"-o={library}"], capture_output=True, text=True
-        )
-        if run.returncode:
-            give_up(f"nvcc failed:\n{run.stderr}")
-        return ctypes.CDLL(str(library))
+        library = Path(folder, "emu3_cuda.so")
+        built = subprocess.run(build_command(nvcc, architectures, library), capture_output=True, text=True)
+        if built.returncode:
+            return f"nvcc failed for sm_{', sm_'.join(architectures)}:\n{built.stdout}{built.stderr}"
+        library = ctypes.CDLL(str(library))
+        print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, sm_{', sm_'.join(architectures)}")
+        limit = copied_bytes_a_second()
+        print(f"a large copy moves {limit / 1e9:.0f} GB/s")
+        rows, wrong = check(library, "cuda", NORM_SHAPES + MORE_NORM_SHAPES, CODEBOOKS + MORE_CODEBOOKS)
+        print(table(rows, times(library), limit))
+    print(*wrong, sep="\n")
+    return 1 if wrong else 0
 
 
-class Kernels:
-    """The C functions of norm_cuda.h and nearest_codeword_cuda.h on tensors."""
-
-    def __init__(self, torch, library):
-        self.torch, self.library = torch, library
-
-    def call(self, name, *args):
-        """Tensors go as pointers, None as null, float as float, and int as what `int64` and `int32` made of it."""
-        stream = ctypes.c_void_p(self.torch.cuda.current_stream().cuda_stream)
-        error = getattr(self.library, name)(*map(argument, args), stream)
-        if error:
-            raise RuntimeError(f"{name}: CUDA error {error}")
-
-    def norm_forward(self, codes, x, scale, bias):
-        rows, cols = x.shape
-        y = self.torch.empty_like(x, dtype=scale.dtype)
-        mean, invvar = (self.torch.empty(rows, device=x.device) for _ in range(2))
-        means = None if bias is None else mean
-        self.call("emu3_norm_forward", *map(int32, codes), x, scale, bias, y, means, invvar, int64(rows), int32(cols),
-                  ctypes.c_float(EPSILON))  # fmt: skip
-        return y, means, invvar
-
-    def norm_backward(self, codes, x, scale, mean, invvar, dy):
-        rows, cols = x.shape
-        dx, dscale = self.torch.empty_like(x), self.torch.empty_like(scale)
-        dbias = None if mean is None else self.torch.empty_like(scale)
-        parts = self.library.emu3_norm_parts(int64(rows))
-        workspace = self.torch.empty(2 * parts * cols, device=x.device)
-        self.call("emu3_norm_backward", *map(int32, codes), x, scale, mean, invvar, dy, dx, dscale, dbias, workspace,
-                  int64(rows), int32(cols))  # fmt: skip
-        return dx, dscale, dbias
-
-    def nearest_codeword(self, latents, codebook):
-        """codebook [size, dim]"""
-        codes = self.torch.empty(len(latents), dtype=self.torch.int64, device=latents.device)
-        turned = codebook.t().contiguous()
-        self.call("emu3_nearest_codeword", latents, (latents * latents).sum(1), turned, (codebook * codebook).sum(1),
-                  codes, int64(len(latents)), int32(latents.shape[1]), int32(len(codebook)))  # fmt: skip
-        return codes
+def architectures_asked():
+    """["80", "90"] of PADDLE_CUDA_ARCH_LIST, "80;90" or "8.0 9.0"; empty where it is not set."""
+    asked = os.environ.get("PADDLE_CUDA_ARCH_LIST", "")
+    found = [one for one in re.split(r"[;,\s]+", asked) if one]
+    if not all(re.fullmatch(r"\d{2,3}|\d+\.\d", one) for one in found):
+        raise ValueError(f'PADDLE_CUDA_ARCH_LIST must be as "80;90" or "8.0;9.0", got {asked!r}')
+    return [one.replace(".", "") for one in found]
 
 
-int32, int64 = ctypes.c_int, ctypes.c_int64
+def build_command(nvcc, architectures, library):
+    codes = [word for sm in architectures for word in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
+    flags = ["-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", f"-I{HERE}"]
+    return [nvcc, *flags, *codes, *map(str, sorted(HERE.glob("*/*.cu"))), "-o", str(library)]
 
 
-def argument(x):
-    return x if isinstance(x, ctypes._SimpleCData) else ctypes.c_void_p(0 if x is None else x.data_ptr())
+def guarded(values, dtype, device, offset):
+    """A copy of values amid MARGIN NaNs on each side, `offset` values past an aligned pointer; and all of it."""
+    values = torch.as_tensor(values)
+    whole = torch.full([values.numel() + 2 * MARGIN + offset], float("nan"), device=device, dtype=dtype)
+    inner = whole[MARGIN + offset : MARGIN + offset + values.numel()].view(values.shape)
+    inner.copy_(values)
+    return inner, whole
 
 
-def random(torch, shape, dtype, offset=0, shift=0.0):
-    """Normal numbers whose first lies `offset` values behind the start of its memory, where all is aligned."""
-    count = 1
-    for n in shape:
-        count *= n
-    numbers = torch.randn(count + offset, device="cuda") + shift
-    return numbers.to(dtype)[offset:].view(shape)
+def untouched(inner, whole):
+    """True where nothing was written around `inner`."""
+    start = inner.storage_offset()
+    return bool(whole[:start].isnan().all() and whole[start + inner.numel() :].isnan().all())
 
 
-def check_norm(torch, kernels, shape, dtypes, codes, layer_norm, offset):
-    """The largest error of values and gradients against float64, of each tensor's largest value."""
-    torch.manual_seed(0)
+def stream(device):
+    return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream if device == "cuda" else 0)
+
+
+def pointer(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def norm_arguments(x, scale):
+    """The types, and the sizes, of a call of emu3_norm_*."""
+    types = [TYPES[str(tensor.dtype).removeprefix("torch.")] for tensor in (x, scale)]
+    return types, [ctypes.c_int64(size) for size in x.shape]
+
+
+def norm_forward(library, x, scale, bias, y, mean, invvar):
+    types, sizes = norm_arguments(x, scale)
+    pointers = map(pointer, (x, scale, bias, y, mean, invvar))
+    return library.emu3_norm_forward(*types, *pointers, *sizes, ctypes.c_float(EPSILON), stream(x.device.type))
+
+
+def norm_backward(library, x, scale, mean, invvar, dy, dx, dscale, dbias, workspace):
+    types, sizes = norm_arguments(x, scale)
+    pointers = map(pointer, (x, scale, mean, invvar, dy, dx, dscale, dbias, workspace))
+    return library.emu3_norm_backward(*types, *pointers, *sizes, stream(x.device.type))
+
+
+def search(library, latents, codebook, codes):
+    """codebook [dim, size]"""
+    squares = [(latents * latents).sum(1), (codebook * codebook).sum(0)]
+    pointers = map(pointer, (latents, squares[0], codebook, squares[1], codes))
+    sizes = map(ctypes.c_int64, (*latents.shape, codebook.shape[1]))
+    error = library.emu3_nearest_codeword(*pointers, *sizes, stream(latents.device.type))
+    if latents.is_cuda:
+        torch.cuda.synchronize()  # the squares live till here
+    return error
+
+
+def norm_reference(x, scale, bias, dy):
+    """{name: (float64 values, the size of the terms that they are sums of)} by PyTorch; RMS norm where bias is None."""
+    x, scale, dy = (tensor.double().requires_grad_() for tensor in (x, scale, dy))
+    bias = None if bias is None else bias.double().requires_grad_()
+    mean = x.mean(1, keepdim=True) if bias is not None else torch.zeros_like(x[:, :1])
+    invvar = torch.rsqrt(((x - mean) ** 2).mean(1, keepdim=True) + EPSILON)
+    y = (x - mean) * invvar * scale
+    y = y if bias is None else y + bias
+    asked = [x, scale] + ([] if bias is None else [bias])
+    gradients = torch.autograd.grad(y, asked, dy.detach())
+    expected = {"y": y, "mean": mean[:, 0], "invvar": invvar[:, 0]}
+    expected |= dict(zip(("dx", "dscale", "dbias"), gradients))
+    sizes = {name: float(values.detach().abs().max()) if values.numel() else 0 for name, values in expected.items()}
+    if x.numel():  # of few columns dx is a difference of larger numbers
+        sizes["dx"] = max(sizes["dx"], float((dy * scale * invvar).detach().abs().max()))
+    return {name: (values.detach(), max(sizes[name], 1e-3)) for name, values in expected.items()}
+
+
+def check_norm(library, device, shape, x_type, w_type, with_bias, offset):
+    """{name: error, 1 at what rounding may do}, and what else is wrong in words."""
     rows, cols = shape
-    x, dy = random(torch, shape, dtypes[0], offset, 0.5), random(torch, shape, dtypes[1], offset)
-    scale = random(torch, [cols], dtypes[1], offset)
-    bias = random(torch, [cols], dtypes[1], offset) if layer_norm else None
-    y, mean, invvar = kernels.norm_forward(codes, x, scale, bias)
-    dx, dscale, dbias = kernels.norm_backward(codes, x, scale, mean, invvar, dy)
-    x64, scale64 = x.double().requires_grad_(), scale.double().requires_grad_()
-    bias64 = bias.double().requires_grad_() if layer_norm else None
-    centred = x64 - x64.mean(1, keepdim=True) if layer_norm else x64
-    y64 = centred * torch.rsqrt((centred * centred).mean(1, keepdim=True) + EPSILON) * scale64
-    y64 = y64 + bias64 if layer_norm else y64
-    y64.backward(dy.double())
-    pairs = [(y, y64.detach()), (dscale, scale64.grad)]
-    pairs += [(dx, x64.grad)] if cols > 1 else []  # of one column only rounding is left
-    pairs += [(dbias, bias64.grad)] if layer_norm else []
-    return max(error(got, expected) for got, expected in pairs)
+    random = torch.Generator().manual_seed(rows * 31 + cols)
+    x_dtype, w_dtype = getattr(torch, x_type), getattr(torch, w_type)
+    buffers = {}
+
+    def put(name, values, dtype):
+        buffers[name] = guarded(values, dtype, device, offset)
+        return buffers[name][0]
+
+    x = put("x", torch.randn(shape, generator=random) + 0.5, x_dtype)
+    scale = put("scale", torch.randn(cols, generator=random), w_dtype)
+    bias = put("bias", torch.randn(cols, generator=random), w_dtype) if with_bias else None
+    dy = put("dy", torch.randn(shape, generator=random), w_dtype)
+
+    def fresh(name, shape, dtype):
+        return put(name, torch.full(shape, float("nan")), dtype)  # what is not written is found
+
+    floats = torch.float32
+    y, dx = fresh("y", shape, w_dtype), fresh("dx", shape, x_dtype)
+    invvar, dscale = fresh("invvar", [rows], floats), fresh("dscale", [cols], w_dtype)
+    mean, dbias = (fresh("mean", [rows], floats), fresh("dbias", [cols], w_dtype)) if with_bias else (None, None)
+    workspace = fresh("workspace", [2, library.emu3_norm_parts(ctypes.c_int64(rows)), cols], floats)
+
+    codes = []
+    for _ in range(2):
+        codes.append(norm_forward(library, x, scale, bias, y, mean, invvar))
+        codes.append(norm_backward(library, x, scale, mean, invvar, dy, dx, dscale, dbias, workspace))
+        got = {name: buffers[name][0].clone() for name in ("y", "mean", "invvar", "dx", "dscale", "dbias")
+               if name in buffers}  # fmt: skip
+        if len(codes) == 2:
+            before = got
+    wrong = [f"CUDA error {code}" for code in codes if code]
+    wrong += [f"{name} differs from call to call" for name in got if not same(got[name], before[name])]
+    wrong += [f"something was written beside {name}" for name, pair in buffers.items() if not untouched(*pair)]
+    errors = {}
+    expected = norm_reference(x, scale, bias, dy)
+    for name, values in got.items():
+        allowed = ROUNDING[str(values.dtype).removeprefix("torch.")] * (2 if name.startswith("d") else 1)
+        errors[name] = worst(values, *expected[name]) / allowed
+    return errors, wrong
 
 
-def error(got, expected):
-    if not expected.numel():
-        return 0.0
-    if not bool(got.isfinite().all()):
-        return float("inf")
-    return float((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3))
+def same(a, b):
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def check_codewords(torch, kernels, positions, size, dim):
-    """How many codes are neither the nearest but for rounding nor, of equal codewords, the first."""
-    torch.manual_seed(0)
-    latents, codebook = random(torch, [positions, dim], torch.float32), random(torch, [size, dim], torch.float32)
-    half = size // 2
-    codebook[size - half :] = codebook[:half]
-    codes = kernels.nearest_codeword(latents, codebook)
-    distances = torch.cdist(latents.double(), codebook.double()) ** 2
-    chosen = distances.gather(1, codes.unsqueeze(1)).squeeze(1) if positions else distances.sum(1)
-    least = distances.min(1).values if positions else distances.sum(1)
-    far = chosen > least + 1e-5 * (1 + least)
-    return int((far | (codes >= size - half) & (codes - (size - half) < half)).sum())
+def worst(got, expected, size):
+    """The largest difference as a share of size; infinite where a number is none."""
+    difference = (got.double() - expected).abs().nan_to_num(float("inf"))
+    return float(difference.max()) / size if got.numel() else 0.0
 
 
-def time_all(torch, kernels):
-    big = torch.empty(1 << 28, device="cuda")
-    rate = 2 * big.numel() * 4 / seconds(torch, lambda: big.clone())
-    print(f"\n{torch.cuda.get_device_name()}, a copy moves {rate / 1e9:.0f} GB/s")
-    print("kernel                                      us   the limit   reached")
-    rows, cols = 8192, 4096
-    x, dy, scale = (random(torch, s, torch.bfloat16) for s in ([rows, cols], [rows, cols], [cols]))
-    bias, codes = torch.zeros_like(scale), (2, 2)
-    for name, shift in (("RMS norm", None), ("layer norm", bias)):
-        _, mean, invvar = kernels.norm_forward(codes, x, scale, shift)
-        forward = seconds(torch, lambda shift=shift: kernels.norm_forward(codes, x, scale, shift))
-        line(f"{name} forward, 8192 x 4096 bfloat16", forward, 2 * x.nbytes / rate)
-        backward = seconds(torch, lambda m=mean, i=invvar: kernels.norm_backward(codes, x, scale, m, i, dy))
-        line(f"{name} backward", backward, 3 * x.nbytes / rate)
-    latents, codebook = random(torch, [8100, 4], torch.float32), random(torch, [32768, 4], torch.float32)
-    spent = seconds(torch, lambda: kernels.nearest_codeword(latents, codebook))
-    line("nearest codeword, 8100 of 32768 x 4", spent, (latents.nbytes + codebook.nbytes + 8 * 8100) / rate)
+def check_search(library, device, positions, size, dim, offset):
+    """As check_norm. Half of the codewords come twice, and the first is right."""
+    random = torch.Generator().manual_seed(positions + size)
+    once = (size + 1) // 2
+    codebook = torch.randn(once, dim, generator=random)
+    codebook = torch.cat([codebook, codebook[: size - once]]).to(device)
+    latents, around = guarded(torch.randn(positions, dim, generator=random), torch.float32, device, offset)
+    by_dim, around_codebook = guarded(codebook.t(), torch.float32, device, offset)
+    whole = torch.full([positions + 2 * MARGIN], -7, dtype=torch.int64, device=device)
+    codes = whole[MARGIN : MARGIN + positions]
+    error = search(library, latents, by_dim, codes)
+    wrong = [f"CUDA error {error}"] if error else []
+    if not (untouched(latents, around) and untouched(by_dim, around_codebook)
+            and bool((whole[:MARGIN] == -7).all() and (whole[MARGIN + positions :] == -7).all())):  # fmt: skip
+        wrong.append("something was written beside the codes")
+    if positions and (int(codes.min()) < 0 or int(codes.max()) >= once):
+        return {"codes": float("inf")}, [*wrong, "codes are not the first of equal ones"]
+    errors = [0.0]
+    for start in range(0, positions, 256):
+        some = latents[start : start + 256].double()
+        distances = ((some[:, None] - codebook[None, :once].double()) ** 2).sum(2)
+        chosen = distances.gather(1, codes[start : start + 256, None])[:, 0]
+        terms = (some * some).sum(1) + (codebook.double() ** 2).sum(1).max()  # the distance is a difference of those
+        errors.append(float(((chosen - distances.min(1).values) / terms).max()) / ROUNDING["float32"])
+    return {"codes": max(errors)}, wrong
 
 
-def line(name, spent, limit):
-    print(f"{name:42}{1e6 * spent:8.1f}{1e6 * limit:9.1f} us{limit / spent:8.0%}")
+def check_refusals(library, device):
+    """What the C functions must refuse: types that are none, sizes past those of a grid or an int, long latents."""
+    one = torch.ones(1, 1, device=device)
+    p, n, none = pointer(one), ctypes.c_int64(1), ctypes.c_int64(2**40)
+    calls = {
+        "type 3": library.emu3_norm_forward(3, 0, *[p] * 6, n, n, ctypes.c_float(1), stream(device)),
+        "2^40 rows": library.emu3_norm_forward(0, 0, *[p] * 6, none, n, ctypes.c_float(1), stream(device)),
+        "2^40 columns": library.emu3_norm_backward(0, 0, *[p] * 9, n, none, stream(device)),
+        "dim 33": library.emu3_nearest_codeword(*[p] * 5, n, ctypes.c_int64(33), n, stream(device)),
+        "2^40 codewords": library.emu3_nearest_codeword(*[p] * 5, n, n, none, stream(device)),
+    }
+    return [f"{name}: accepted" for name, code in calls.items() if code != 1]  # cudaErrorInvalidValue
 
 
-def seconds(torch, function):
-    """The best of some calls, by the card's clock, after one that does not count."""
-    function()
-    best = float("inf")
-    for _ in range(BEST_OF):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
+def check(library, device, norm_shapes=NORM_SHAPES, codebooks=CODEBOOKS):
+    """([(kernel, types, cases, largest error as a share of what is allowed)], what is wrong in words)"""
+    cases = {}
+    for layer in (False, True):
+        for types in NORM_TYPES:
+            cases["layer norm" if layer else "RMS norm", " -> ".join(types)] = [
+                (f"{shape} + {offset}", check_norm, (shape, *types, layer, offset))
+                for shape in norm_shapes
+                for offset in (0, 1)
+            ]
+    cases["nearest codeword", "float32"] = [
+        (f"{sizes} + {offset}", check_search, (*sizes, offset)) for sizes in codebooks for offset in (0, 1)
+    ]
+    rows, wrong = [], check_refusals(library, device)
+    for (kernel, types), calls in cases.items():
+        largest = 0.0
+        for name, function, arguments in calls:
+            errors, words = function(library, device, *arguments)
+            words += [
+                f"{what} is {error:.2g} times what rounding may do" for what, error in errors.items() if error > 1
+            ]
+            wrong += [f"{kernel}, {types}, {name}: {what}" for what in words]
+            largest = max(largest, *errors.values())
+        rows.append((kernel, types, len(calls), largest))
+    return rows, wrong
+
+
+def seconds(call, repeats=20):
+    """The middle one of `repeats`, on the card."""
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats + 3)]
+    for begin, end in marks:
+        begin.record()
+        call()
         end.record()
-        torch.cuda.synchronize()
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return best
+    torch.cuda.synchronize()
+    return sorted(begin.elapsed_time(end) for begin, end in marks[3:])[repeats // 2] / 1e3
+
+
+def copied_bytes_a_second():
+    source = torch.zeros(min(2**30, torch.cuda.mem_get_info()[0] // 4), dtype=torch.uint8, device="cuda")
+    copy = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: copy.copy_(source))
+
+
+def times(library, rows=16384, cols=4096, positions=8100, size=32768, dim=4):
+    """{(kernel, types): [(what, seconds, bytes that must move)]} of one large case."""
+    found = {}
+    for layer in (False, True):
+        for x_type, w_type in NORM_TYPES:
+            x_dtype, w_dtype = getattr(torch, x_type), getattr(torch, w_type)
+            x = torch.randn(rows, cols, device="cuda").to(x_dtype)
+            dy, scale = torch.randn(rows, cols, device="cuda").to(w_dtype), torch.ones(cols, device="cuda").to(w_dtype)
+            bias, mean = (scale, torch.empty(rows, device="cuda")) if layer else (None, None)
+            y, dx, invvar = torch.empty_like(dy), torch.empty_like(x), torch.empty(rows, device="cuda")
+            dscale, dbias = torch.empty_like(scale), torch.empty_like(scale) if layer else None
+            workspace = torch.empty(2, library.emu3_norm_parts(ctypes.c_int64(rows)), cols, device="cuda")
+            forward = (library, x, scale, bias, y, mean, invvar)
+            backward = (library, x, scale, mean, invvar, dy, dx, dscale, dbias, workspace)
+            found["layer norm" if layer else "RMS norm", f"{x_type} -> {w_type}"] = [
+                ("forward", seconds(lambda f=forward: norm_forward(*f)), x.nbytes + y.nbytes),
+                ("backward", seconds(lambda b=backward: norm_backward(*b)), x.nbytes + dy.nbytes + dx.nbytes),
+            ]
+    latents, codebook = torch.randn(positions, dim, device="cuda"), torch.randn(dim, size, device="cuda")
+    codes = torch.empty(positions, dtype=torch.int64, device="cuda")
+    moved = latents.nbytes + codebook.nbytes + codes.nbytes
+    squares = [(latents * latents).sum(1), (codebook * codebook).sum(0)]
+    pointers = [pointer(tensor) for tensor in (latents, squares[0], codebook, squares[1], codes)]
+    sizes = [ctypes.c_int64(number) for number in (positions, dim, size)]
+    call = seconds(lambda: library.emu3_nearest_codeword(*pointers, *sizes, stream("cuda")))
+    found["nearest codeword", "float32"] = [("search, bound by arithmetic", call, moved)]
+    return found
+
+
+def table(rows, timed, limit):
+    lines = ["| kernel | types | cases | error / allowed | large case | ms | GB/s | of the copy |", "|" + "---|" * 8]
+    for kernel, types, cases, error in rows:
+        for what, took, moved in timed[kernel, types]:
+            share = f"{1e3 * took:.3f} | {moved / took / 1e9:.0f} | {moved / took / limit:.0%}"
+            lines.append(f"| {kernel} | {types} | {cases} | {error:.2f} | {what} | {share} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    result = main()
+    if isinstance(result, str):
+        print(f"check_cuda.py: {result}", file=sys.stderr)
+        result = 2
+    sys.exit(result)

@@ -24,7 +24,7 @@ int with_type(int type, F f) {
 extern "C" {
 
 int emu3_norm_forward(int x_type, int w_type, const void* x, const void* scale, const void* bias, void* y, float* mean,
-                      float* invvar, int64_t rows, int cols, float epsilon, void* stream) {
+                      float* invvar, int64_t rows, int64_t cols, float epsilon, void* stream) {
   return with_type(x_type, [&](auto x_value) {
     return with_type(w_type, [&](auto w_value) {
       using X = decltype(x_value);
@@ -38,8 +38,8 @@ int emu3_norm_forward(int x_type, int w_type, const void* x, const void* scale, 
 int emu3_norm_parts(int64_t rows) { return norm_cuda::parts(rows); }
 
 int emu3_norm_backward(int x_type, int w_type, const void* x, const void* scale, const float* mean, const float* invvar,
-                       const void* dy, void* dx, void* dscale, void* dbias, float* workspace, int64_t rows, int cols,
-                       void* stream) {
+                       const void* dy, void* dx, void* dscale, void* dbias, float* workspace, int64_t rows,
+                       int64_t cols, void* stream) {
   return with_type(x_type, [&](auto x_value) {
     return with_type(w_type, [&](auto w_value) {
       using X = decltype(x_value);

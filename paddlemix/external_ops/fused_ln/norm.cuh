@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <climits>
 #include <cstdint>
 
 namespace norm_cuda {
@@ -45,8 +46,9 @@ __device__ inline float block_sum(float x) {
 
 // bias null where there is none; mean null for RMS norm.
 template <class X, class W, int N>
-__global__ void __launch_bounds__(MOST_THREADS) forward_kernel(const X* x, const W* scale, const W* bias, W* y, float* mean, float* invvar, int cols,
-                               float epsilon) {
+__global__ void __launch_bounds__(MOST_THREADS)
+    forward_kernel(const X* x, const W* scale, const W* bias, W* y, float* mean, float* invvar, int cols,
+                   float epsilon) {
   const int64_t row = blockIdx.x;
   const auto* from = reinterpret_cast<const Pack<X, N>*>(x + row * cols);
   float middle = 0.f;
@@ -90,8 +92,9 @@ __global__ void __launch_bounds__(MOST_THREADS) forward_kernel(const X* x, const
 // With n = (x - mean) * invvar and g = dy * scale: dx = (g - mean(g) - n * mean(g * n)) * invvar, and mean(g) is left
 // out of RMS norm.
 template <class X, class W, int N>
-__global__ void __launch_bounds__(MOST_THREADS) row_gradient_kernel(const X* x, const W* scale, const float* mean, const float* invvar, const W* dy,
-                                    X* dx, int cols) {
+__global__ void __launch_bounds__(MOST_THREADS)
+    row_gradient_kernel(const X* x, const W* scale, const float* mean, const float* invvar, const W* dy, X* dx,
+                        int cols) {
   const int64_t row = blockIdx.x;
   const auto* from = reinterpret_cast<const Pack<X, N>*>(x + row * cols);
   const auto* above = reinterpret_cast<const Pack<W, N>*>(dy + row * cols);
@@ -124,7 +127,8 @@ __global__ void __launch_bounds__(MOST_THREADS) row_gradient_kernel(const X* x, 
   }
 }
 
-// Sums `value(row, column)` over LANES rows a time, for the block's COLUMNS columns; true in the threads that hold a sum.
+// Sums `value(row, column)` over LANES rows a time, for the block's COLUMNS columns; true in the threads that hold
+// a sum.
 template <class Value>
 __device__ bool column_sums(int64_t begin, int64_t end, int column, bool inside, Value value, float* scale,
                             float* bias) {
@@ -183,9 +187,12 @@ inline int threads_for(int64_t packs) {
   return threads;
 }
 
+// A grid has at most 2^31 - 1 blocks, one a row; the kernels count columns in int, and step past the last by a block.
+inline bool fits(int64_t rows, int64_t cols) { return rows <= INT_MAX && cols <= INT_MAX - MOST_THREADS; }
+
 // 1, or 4 where every pointer and row allows to read four values a time.
 template <class... T>
-int values_a_time(int cols, const T*... pointers) {
+int values_a_time(int64_t cols, const T*... pointers) {
   const bool aligned = (... && (reinterpret_cast<uintptr_t>(pointers) % (4 * sizeof(T)) == 0));
   return cols % 4 == 0 && aligned ? 4 : 1;
 }
@@ -193,8 +200,9 @@ int values_a_time(int cols, const T*... pointers) {
 // x [rows, cols], scale and bias [cols] (bias null: none), y [rows, cols]; mean (null: RMS norm) and invvar [rows].
 // All on the device and contiguous.
 template <class X, class W>
-cudaError_t forward(const X* x, const W* scale, const W* bias, W* y, float* mean, float* invvar, int64_t rows, int cols,
-                    float epsilon, cudaStream_t stream) {
+cudaError_t forward(const X* x, const W* scale, const W* bias, W* y, float* mean, float* invvar, int64_t rows,
+                    int64_t cols, float epsilon, cudaStream_t stream) {
+  if (!fits(rows, cols)) return cudaErrorInvalidValue;
   if (rows == 0 || cols == 0) return cudaSuccess;
   if (values_a_time(cols, x, scale, bias, y) == 4)
     forward_kernel<X, W, 4>
@@ -210,7 +218,8 @@ inline int parts(int64_t rows) { return rows < 64 ? 1 : rows < 8192 ? int(rows /
 // dbias null where there is none.
 template <class X, class W>
 cudaError_t backward(const X* x, const W* scale, const float* mean, const float* invvar, const W* dy, X* dx, W* dscale,
-                     W* dbias, float* workspace, int64_t rows, int cols, cudaStream_t stream) {
+                     W* dbias, float* workspace, int64_t rows, int64_t cols, cudaStream_t stream) {
+  if (!fits(rows, cols)) return cudaErrorInvalidValue;
   if (cols == 0) return cudaSuccess;
   if (rows && values_a_time(cols, x, scale, dy, dx) == 4)
     row_gradient_kernel<X, W, 4>

@@ -7,6 +7,7 @@
 
 #include <cuda_runtime.h>
 
+#include <climits>
 #include <cstdint>
 
 namespace nearest_codeword_cuda {
@@ -71,9 +72,9 @@ __global__ void __launch_bounds__(POSITIONS* SLICES)
 }
 
 inline cudaError_t search(const float* latents, const float* latent_squares, const float* codebook,
-                          const float* codeword_squares, int64_t* codes, int64_t positions, int dim, int size,
+                          const float* codeword_squares, int64_t* codes, int64_t positions, int64_t dim, int64_t size,
                           cudaStream_t stream) {
-  if (dim > MOST_DIM) return cudaErrorInvalidValue;
+  if (dim > MOST_DIM || size > INT_MAX - TILE) return cudaErrorInvalidValue;
   if (positions == 0) return cudaSuccess;
   const auto kernel = dim <= 4 ? search_kernel<4> : dim <= 8 ? search_kernel<8> : search_kernel<MOST_DIM>;
   const dim3 threads(POSITIONS, SLICES);

@@ -5,5 +5,5 @@
 #include <cstdint>
 
 extern "C" int emu3_nearest_codeword(const float* latents, const float* latent_squares, const float* codebook,
-                                     const float* codeword_squares, int64_t* codes, int64_t positions, int dim,
-                                     int size, void* stream);
+                                     const float* codeword_squares, int64_t* codes, int64_t positions, int64_t dim,
+                                     int64_t size, void* stream);
