@@ -208,7 +208,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="mini_run", help="checkpoints and codes")
     parser.add_argument("--vision", help="the vision tokenizer's checkpoint (default: the one in --out)")
-    parser.add_argument("--steps", type=int, default=4300)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--scenes", type=int, default=40000, help="to train on")
     parser.add_argument("--drawings", type=int, default=32, help="a batch")
     parser.add_argument("--answers", type=int, default=24, help="a batch")
