@@ -95,7 +95,8 @@ def write(directory):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(directory / file, layout, lambda name: random_tensor(rng, pool, name, shapes[name]))
         weight_map.update(dict.fromkeys(layout, file))
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": {"total_size": needed}, "weight_map": weight_map}  # transformers wants the first, too
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     Emu3Config(torch_dtype="bfloat16").save_pretrained(directory)
 
 

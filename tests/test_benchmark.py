@@ -223,11 +223,13 @@ def test_a_wrong_result_of_an_operator_is_seen(monkeypatch):
 def test_sums_of_the_operators_table():
     sides = {"ours": [0.004, 0.002, 0.003], "paddle": [0.009, 0.012, 0.03], "torch": [0.02]}
     few = {
-        side: [{"seconds": s, "bytes": 60_000_000, "error": s * 1e-3} for s in times] for side, times in sides.items()
+        side: [{"seconds": s, "bytes": 60_000_000, "error": s * 1e-3, "share": 0.0024 / s} for s in times]
+        for side, times in sides.items()
     }
     case = operators.medians(few)
-    assert case == {"seconds": {"ours": 0.003, "paddle": 0.012, "torch": 0.02}, "bytes": 60_000_000, "error": 4e-6}
-    quantized = {"seconds": {"ours": 0.001}, "bytes": 16_000_000, "error": 0.0}
+    assert case == {"seconds": {"ours": 0.003, "paddle": 0.012, "torch": 0.02}, "bytes": 60_000_000, "error": 4e-6,
+                    "share": pytest.approx(0.8)}  # fmt: skip
+    quantized = {"seconds": {"ours": 0.001}, "bytes": 16_000_000, "error": 0.0, "share": 0.64}
     cases = {"up [2, 3] | float32 | 2": case, "up [2, 3] | int8 | 2": quantized}
     text = operators.table("linear", {"cases": cases, "read_bytes_per_s": {"a": 2e10, "b": 2.5e10}})
     assert "| float32 | 2 | 3.00 ms | 20.0 | 80% | 12.00 ms | **4.00** | 20.00 ms | **6.67** | 4e-06 |" in text

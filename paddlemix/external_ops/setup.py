@@ -8,6 +8,7 @@ PADDLE_CUDA_ARCH_LIST ("80;90"), else those of the cards that are there, else 8.
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import paddle
@@ -17,6 +18,8 @@ if shutil.which(os.environ.get("CXX", "g++")) is None:
     sys.exit(
         "external_ops: no C++ compiler was found: install g++ (Debian, Ubuntu: apt install g++), or name one in CXX"
     )
+if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+    sys.exit("external_ops: Python's headers are missing: install them (Debian, Ubuntu: apt install python3-dev)")
 os.chdir(Path(__file__).resolve().parent)
 DEFAULT_ARCHITECTURES = "80;90"
 
