@@ -7,7 +7,7 @@
 Writes a checkpoint of 17 GB, bfloat16 in shards, once. For each dtype a process loads it, draws one picture with
 guidance and saves the quantized model, and another one loads that. Told are seconds of loading, peak memory by the
 operating system's count, and passes a second as a share of the limit: the bytes that a pass must read, at the rate at
-which this machine reads 1 GiB. The table goes into benchmarks/RESULTS.md.
+which this machine reads 1 GiB. The table goes into benchmarks/RESULTS.md, with --peer_python beside transformers.
 """
 
 import argparse
@@ -41,6 +41,7 @@ def main():
     parser.add_argument("--size", nargs=2, type=int, default=[16, 31], help="rows and columns of codes (512 tokens)")
     parser.add_argument("--directory", type=Path, default=HERE / "run/released", help="of the checkpoint, kept")
     parser.add_argument("--report", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--peer_python", type=Path, help="has transformers: its steps on the same files are timed, too")
     parser.add_argument("--work", choices=["draw", "load"], help=argparse.SUPPRESS)
     parser.add_argument("--saved", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -53,7 +54,19 @@ def main():
             first, again = (start(args, dtype, work, saved) for work in ("draw", "load"))
         rows.append({"dtype": dtype, **first, "again_s": again["load_s"], "again_peak_bytes": again["load_peak_bytes"]})
         print(json.dumps(rows[-1]), flush=True)
-    put_section(args.report, TITLE, section(args.size, rows))
+    peer = None
+    if args.peer_python:
+        command = [
+            args.peer_python.absolute(),
+            HERE / "peer/steps.py",
+            args.directory,
+            str(len(os.sched_getaffinity(0))),
+        ]
+        peer = json.loads(
+            subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+        )
+        print(json.dumps(peer), flush=True)
+    put_section(args.report, TITLE, section(args.size, rows, peer))
     print(f"wrote {args.report}")
 
 
@@ -173,7 +186,7 @@ def pass_bytes(model, tokens, visual_tokens):
     return int(layers + head * visual_tokens / c.vocab_size + 2 * tokens * kv)
 
 
-def section(size, rows):
+def section(size, rows, peer=None):
     text = (
         "| | loaded from bfloat16 | from its own files | peak, loading | drawing | the prompts | a pass | passes/s "
         "| the limit | reached |\n" + "|---" * 10 + "|\n"
@@ -192,6 +205,12 @@ def section(size, rows):
 `benchmarks/released.py`: random weights of the released layout, one picture of {size[0]} x {size[1]} codes ({tokens}
 tokens) with guidance, two rows of a batch, step by step. A pass draws a code; the limit is what it must read
 ({rates}). The peaks are the process's, by the operating system's count.
+"""
+    if peer:
+        versions = " with ".join(f"{name} {version}" for name, version in reversed(peer["versions"].items()))
+        text += f"""
+{versions} reads the same files in bfloat16: {peer["pass_s"]:.2f} s a pass of two rows, with all of the
+head; peak {peer["peak_bytes"] / 1e9:.1f} GB, the mapped files included.
 """
     return text
 
