@@ -81,24 +81,20 @@ def dequantize(weight, scale, in_features):
 
 
 def _check(in_features, weight, scale):
-    groups = math.ceil(in_features / GROUP)
-    kinds = {  # dtype: (columns of the weight, shape of the scale after [out])
-        paddle.float32: (in_features, None),
-        paddle.bfloat16: (in_features, None),
-        paddle.int8: (in_features, []),
-        paddle.uint8: (groups * GROUP // 2, [groups]),
-    }
-    if weight.dtype not in kinds:
-        raise InputError(f"a weight must be float32, bfloat16, int8 or uint8 (4 bits), got {weight.dtype}")
-    columns, shape = kinds[weight.dtype]
-    if weight.ndim != 2 or weight.shape[1] != columns:
-        raise InputError(
-            f"a {weight.dtype} weight for {in_features} inputs must be [out, {columns}], got {weight.shape}"
-        )
-    shape = None if shape is None else [weight.shape[0], *shape]
-    if (None if scale is None else list(scale.shape)) != shape:
-        got = None if scale is None else list(scale.shape)
-        raise InputError(f"the scale of a {weight.dtype} weight {weight.shape} must be {shape}, got {got}")
+    dtype, given = weight.dtype, weight.shape
+    columns, scales = in_features, None
+    if dtype == paddle.int8:
+        scales = given[:1]
+    elif dtype == paddle.uint8:
+        groups = math.ceil(in_features / GROUP)
+        columns, scales = groups * GROUP // 2, [given[0], groups]
+    elif dtype not in (paddle.float32, paddle.bfloat16):
+        raise InputError(f"a weight must be float32, bfloat16, int8 or uint8 (4 bits), got {dtype}")
+    if len(given) != 2 or given[1] != columns:
+        raise InputError(f"a {dtype} weight for {in_features} inputs must be [out, {columns}], got {given}")
+    got = None if scale is None else scale.shape
+    if got != scales:
+        raise InputError(f"the scale of a {dtype} weight {given} must be {scales}, got {got}")
 
 
 def _wants_gradient(*tensors):
