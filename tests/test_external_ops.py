@@ -45,6 +45,7 @@ def test_left_out_on_request(tmp_path):
     [
         ("raise ModuleNotFoundError(name='emu3_ops')", "are not built"),
         ("raise ImportError('another Paddle')", "do not load (another Paddle)"),
+        ("raise RuntimeError('undefined\\nsymbol')", "do not load (undefined symbol)"),
     ],
 )
 def test_missing_is_told_once(tmp_path, module, words):

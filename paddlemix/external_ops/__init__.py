@@ -16,9 +16,9 @@ def operators():
         return None
     try:
         import emu3_ops
-    except ImportError as error:
+    except (ImportError, RuntimeError, OSError) as error:  # Paddle's loader raises RuntimeError, of many lines
         built = not isinstance(error, ModuleNotFoundError)
-        why = f"do not load ({error})" if built else "are not built"
+        why = f"do not load ({' '.join(str(error).split())[:200]})" if built else "are not built"
         logging.getLogger(__name__).warning(
             "paddlemix.external_ops: the operators %s, Paddle's are used: slower; `make ops` builds them", why
         )

@@ -173,7 +173,7 @@ def attend(query, key, value, mask, dropout=0.0):
         out, _ = flash_attention(query, key, value, dropout=dropout, causal=True, training=dropout > 0)
         return out.reshape([batch, new, heads * head_dim])
 
-    if _has_cached_attention(query, mask, dropout):
+    if _has_cached_attention(query, key, value, mask, dropout):
         return cached_attention(query, key, value, mask.past + new, mask.padding())
 
     # queries that share a key head stand side by side, so that a key is read once for all of them
@@ -192,11 +192,12 @@ def attend(query, key, value, mask, dropout=0.0):
     return out.transpose([0, 3, 1, 2, 4]).reshape([batch, new, heads * head_dim])
 
 
-def _has_cached_attention(query, mask, dropout):
+def _has_cached_attention(query, key, value, mask, dropout):
     """The compiled operator takes few float32 tokens on a CPU, padding but no other mask, and gives no gradient."""
     if operators() is None or not query.place.is_cpu_place() or query.dtype != paddle.float32 or mask.new > MOST_NEW:
         return False
-    return not (dropout or mask.by_query or (paddle.is_grad_enabled() and not query.stop_gradient))
+    wanted = paddle.is_grad_enabled() and not all(t.stop_gradient for t in (query, key, value))
+    return not (dropout or mask.by_query or wanted)
 
 
 def _attend_chunk(query, key, value, mask, start, stop, dropout):

@@ -235,7 +235,7 @@ def _cheap_rows(model):
     """How many rows a pass takes at hardly more cost than one; None on a GPU, where a window is far from the limit."""
     if not model.lm_head.weight.place.is_cpu_place():
         return None
-    return CHEAP_ROWS[model.weight_dtype] if operators() else 2
+    return CHEAP_ROWS.get(model.weight_dtype, 2) if operators() else 2
 
 
 def _window(decoding, window, rows, cheap_rows):
