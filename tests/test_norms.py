@@ -68,6 +68,7 @@ def test_values_and_gradients(how, norm, shape, dtypes):
     y64, mean64, invvar64, dx64, dscale64, dbias64 = reference(x64, scale64, bias64, dy64)
     for got, expected in zip([y, *rest], [y64, *([mean64] if layer_norm else []), invvar64], strict=True):
         assert error(got, expected) < how * ROUNDING[dtypes[1]]
+    assert all(t.stop_gradient for t in rest)
     y.backward(dy)
     if shape[-1] > 1:  # of one column only rounding is left
         assert error(x.grad, dx64) < 2 * how * ROUNDING[dtypes[0]]

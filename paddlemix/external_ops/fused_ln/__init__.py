@@ -21,14 +21,15 @@ def fused_rms_norm(x, scale, epsilon):
         scale: [cols], any of these dtypes.
 
     Returns:
-        y [..., cols] in the dtype of scale, and 1 / sqrt(...), float32 [...].
+        y [..., cols] in the dtype of scale, and 1 / sqrt(...), float32 [...], without gradient.
     """
     _check(x, scale)
     if ops := operators_for(x, scale):
-        return ops.fused_rms_norm(x, scale, epsilon)
+        y, invvar = ops.fused_rms_norm(x, scale, epsilon)
+        return y, invvar.detach()
     wide = x.astype("float32")
     invvar = paddle.rsqrt((wide * wide).mean(axis=-1) + epsilon)
-    return (wide * invvar.unsqueeze(-1) * scale.astype("float32")).astype(scale.dtype), invvar
+    return (wide * invvar.unsqueeze(-1) * scale.astype("float32")).astype(scale.dtype), invvar.detach()
 
 
 def fused_ln(x, scale, bias, epsilon):
@@ -39,17 +40,18 @@ def fused_ln(x, scale, bias, epsilon):
         scale, bias: [cols], any of these dtypes, both the same.
 
     Returns:
-        y [..., cols] in the dtype of scale; mean and 1 / sqrt(...), float32 [...].
+        y [..., cols] in the dtype of scale; mean and 1 / sqrt(...), float32 [...], without gradient.
     """
     _check(x, scale, bias)
     if ops := operators_for(x, scale, bias):
-        return ops.fused_ln(x, scale, bias, epsilon)
+        y, mean, invvar = ops.fused_ln(x, scale, bias, epsilon)
+        return y, mean.detach(), invvar.detach()
     wide = x.astype("float32")
     mean = wide.mean(axis=-1)
     centred = wide - mean.unsqueeze(-1)
     invvar = paddle.rsqrt((centred * centred).mean(axis=-1) + epsilon)
     y = centred * invvar.unsqueeze(-1) * scale.astype("float32") + bias.astype("float32")
-    return y.astype(scale.dtype), mean, invvar
+    return y.astype(scale.dtype), mean.detach(), invvar.detach()
 
 
 def _check(x, *parameters):
