@@ -10,6 +10,7 @@ from paddlemix.external_ops import cached_attention as module
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.cached_attention import cached_attention
 from paddlemix.models.emu3 import attention
+from paddlemix.utils import InputError
 
 
 @pytest.fixture(params=["paddle", "plain", "avx2", "avx512"])
@@ -64,6 +65,52 @@ def test_values(how, batch, new, heads, kv_heads, dim, length, room, dtype, padd
     )
     assert out.dtype == paddle.float32
     assert relative_error(out.numpy(), reference(query, key, value, length, allowed)) < 3e-6
+
+
+@pytest.mark.parametrize("length", [5, 70, 600])
+def test_a_query_that_sees_nothing_gives_the_mean(how, length):
+    query, cache = paddle.randn([2, 2, 4, 8]), paddle.randn([2, 2, 640, 8])
+    allowed = paddle.ones([2, length], dtype="bool")
+    allowed[1] = False
+    out = cached_attention(query, cache, cache, length, allowed).numpy()
+    mean = cache.numpy()[1, :, :length].mean(1)
+    np.testing.assert_allclose(out[1].reshape([2, 2, 2, 8]), np.tile(mean[None, :, None], [2, 1, 2, 1]), atol=1e-6)
+
+
+def test_mistakes(how):
+    query, cache = paddle.ones([2, 3, 4, 8]), paddle.ones([2, 2, 16, 8])
+    for bad, length, words in (
+        ((query[0], cache, cache), 5, "query must be .B, new, H, D."),
+        ((query[:0], cache[:0], cache[:0]), 5, "none empty"),
+        ((query, cache[:, :0], cache[:, :0]), 5, "none empty"),
+        ((query[:1], cache, cache), 5, "agree in B and D"),
+        ((query[:, :, :3], cache, cache), 5, "a multiple of kv"),
+        ((query.astype("float64"), cache, cache), 5, "query must be float32"),
+        ((query, cache, cache.astype("float16")), 5, "both float32, bfloat16 or float16"),
+        ((query, cache, cache), 2, "length must be 3 .the new tokens. to 16 .the room., got 2"),
+        ((query, cache, cache), 17, "got 17"),
+    ):
+        with pytest.raises(InputError, match=words):
+            cached_attention(*bad, length)
+    for allowed in (paddle.ones([2, 5]), paddle.ones([2, 6], dtype="bool")):
+        with pytest.raises(InputError, match="allowed must be bool .2, 5."):
+            cached_attention(query, cache, cache, 5, allowed)
+
+
+@pytest.mark.skipif(operators() is None, reason="the operators are not built: make ops")
+def test_the_operator_alone_bears_nothing():
+    operator = operators().cached_attention
+    assert operator(paddle.ones([0, 1, 2, 8]), *[paddle.ones([0, 2, 4, 8])] * 2, None, 3).shape == [0, 1, 16]
+    with pytest.raises(Exception, match="query must be"):
+        operator(paddle.ones([1, 1, 2, 8]), *[paddle.ones([1, 0, 4, 8])] * 2, None, 3)
+
+
+def test_gradients(how):
+    query, cache = paddle.randn([1, 2, 4, 8]), paddle.randn([1, 2, 6, 8])
+    cache.stop_gradient = False
+    out = cached_attention(query, cache, cache, 6)
+    out.sum().backward()
+    assert float(cache.grad.abs().sum()) > 0
 
 
 @pytest.mark.parametrize("new", [1, 5])

@@ -11,10 +11,11 @@ from paddlemix.external_ops.few_rows_linear import dequantize, few_rows_linear, 
 from paddlemix.utils import InputError
 
 KINDS = ("float32", "bfloat16", "int8", "int4")
-SHAPES = [(1, 1), (3, 70), (17, 129), (40, 256), (5, 300)]  # out, in: multiples of nothing, and of the group of 128
+# out, in: multiples of nothing, and of the group of 128; more than a panel of the blocked path
+SHAPES = [(1, 1), (3, 70), (17, 129), (40, 256), (5, 300), (131, 2500)]
 
 
-@pytest.fixture(params=["paddle", "plain", "avx2", "avx512"])
+@pytest.fixture(params=["paddle", "plain", "avx2", "avx512", "best"])
 def how(request, monkeypatch):
     """Without the operators, and with them by each kind of vectors that this processor has."""
     if request.param == "paddle":
@@ -64,6 +65,57 @@ def test_values(how, kind, rows):
         assert (np.abs(y.numpy() - x.astype(np.float64) @ numbers.T) <= 1e-6 * size).all()
         if scale is not None:
             assert np.allclose(dequantize(weight, scale, columns).numpy(), numbers, rtol=1e-6, atol=0)
+
+
+HARD = {
+    "shifted": lambda x: x + 100,
+    "one large": lambda x: np.where(np.arange(x.shape[1]) == 5, 1e5, x),
+    "tiny": lambda x: x * 1e-31,
+    "of all sizes": lambda x: x * 10.0 ** np.random.default_rng(3).uniform(-30, 5, x.shape),
+}
+
+
+@pytest.mark.parametrize("rows", [2, 5, 20])
+@pytest.mark.parametrize("hard", HARD)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_of_hard_inputs(how, kind, hard, rows):
+    weight, scale, numbers = make_weight(kind, 9, 300)
+    x = HARD[hard](np.random.default_rng(rows).standard_normal([rows, 300])).astype(np.float32)
+    if hard == "one large":  # which nothing may come through of where its weights are 0
+        zero = np.zeros_like(numbers)
+        zero[:, 5] = numbers[:, 5]
+        numbers = numbers - zero
+        weight = _without_column(weight, kind, 5)
+    y = few_rows_linear(paddle.to_tensor(x), weight, scale).numpy()
+    wide = x.astype(np.float64)
+    # an error of 2^-22 of the largest input of a group of 128 is as good as exact beside 4 bit weights
+    padded = np.pad(np.abs(wide), [(0, 0), (0, -300 % 128)]).reshape([rows, -1, 128]).max(-1).repeat(128, -1)[:, :300]
+    size = np.abs(wide) @ np.abs(numbers).T
+    if kind == "int4":
+        size = size + padded @ np.abs(numbers).T
+    assert (np.abs(y - wide @ numbers.T) <= 1e-6 * size + 1e-37).all()
+
+
+def _without_column(weight, kind, column):
+    if kind == "int4":
+        packed = weight.numpy()
+        packed[:, column] = (packed[:, column] & 0xF0) + 8
+        return paddle.to_tensor(packed)
+    weight = weight.clone()
+    weight[:, column] = paddle.zeros([weight.shape[0]], weight.dtype)
+    return weight
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinity_and_nan(how, kind, rows):
+    weight, scale, numbers = make_weight(kind, 5, 140)
+    x = np.ones([rows, 140], np.float32)
+    x[0, 7], x[1, 130] = np.inf, np.nan
+    y = few_rows_linear(paddle.to_tensor(x), weight, scale).numpy()
+    assert not np.isfinite(y[:2]).any()
+    assert np.isnan(y[1]).all()
+    assert np.allclose(y[2:], numbers.sum(1), atol=1e-4)
 
 
 def assert_rounded(codes, numbers, largest):
@@ -132,6 +184,16 @@ def test_mistakes(how):
         few_rows_linear(x, paddle.ones([3, 8], dtype="int8"))
     with pytest.raises(InputError, match="float64"):
         few_rows_linear(x, paddle.ones([3, 8], dtype="float64"))
+    with pytest.raises(InputError, match="float32 .3., got paddle.float16 .3."):
+        few_rows_linear(x, paddle.ones([3, 8], dtype="int8"), paddle.ones([3], dtype="float16"))
+    with pytest.raises(InputError, match="float32 activations .+ in., got paddle.float32 "):
+        few_rows_linear(paddle.to_tensor(1.0), paddle.ones([3, 8]))
+    for empty in ([0, 8], [3, 0]):
+        with pytest.raises(InputError, match="not empty"):
+            few_rows_linear(paddle.ones([2, empty[1]]), paddle.ones(empty))
+        with pytest.raises(InputError, match="not empty"):
+            quantize(paddle.ones(empty), 8)
+    assert few_rows_linear(paddle.ones([0, 8]), paddle.ones([3, 8])).shape == [0, 3]
     with pytest.raises(InputError, match="8 or 4 bits, got 3"):
         quantize(x, 3)
     for bad in (np.nan, np.inf):

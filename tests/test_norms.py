@@ -87,6 +87,17 @@ def test_strided_input(how):
 def test_wrong_scale():
     with pytest.raises(InputError, match=r"must be float \[4\]"):
         fused_rms_norm(paddle.ones([2, 4]), paddle.ones([3]), EPSILON)
+    with pytest.raises(InputError, match="cols not 0"):
+        fused_rms_norm(paddle.ones([2, 0]), paddle.ones([0]), EPSILON)
+
+
+@pytest.mark.skipif(operators() is None, reason="the operators are not built: make ops")
+def test_the_operators_alone_have_no_gradient_through_the_mean():
+    x, one = paddle.randn([2, 4]), paddle.ones([4])
+    x.stop_gradient = False
+    for given in (operators().fused_rms_norm(x, one, EPSILON), operators().fused_ln(x, one, one, EPSILON)):
+        with pytest.raises(Exception, match="through y alone"):
+            given[1].sum().backward()
 
 
 @pytest.mark.parametrize("n, size, dim", [(0, 3, 2), (1, 1, 1), (33, 513, 4), (1030, 100, 5)])

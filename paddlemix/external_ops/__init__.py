@@ -1,12 +1,15 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Custom operators. `make ops` builds them as the module `emu3_ops`; without it the same is computed with Paddle.
 
-EMU3_OPS=0 in the environment leaves them out.
+In the environment, EMU3_OPS=0 leaves them out, and EMU3_OPS_SIMD=plain, avx2 or avx512 keeps them from better
+instructions (avx512: from AVX-512 VNNI), for tests.
 """
 
 import functools
 import logging
 import os
+
+import paddle
 
 
 @functools.cache
@@ -24,6 +27,10 @@ def operators():
         )
         return None
     return emu3_ops
+
+
+def wants_gradient(*tensors):
+    return paddle.is_grad_enabled() and not all(t.stop_gradient for t in tensors)
 
 
 def operators_for(*tensors):

@@ -6,6 +6,7 @@ PADDLE_CUDA_ARCH_LIST ("80;90"), else those of the cards that are there, else 8.
 """
 
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -14,9 +15,11 @@ from pathlib import Path
 import paddle
 from paddle.utils.cpp_extension import CppExtension, CUDAExtension, setup
 
-if shutil.which(os.environ.get("CXX", "g++")) is None:
+compiler = os.environ.get("CXX") or "g++"
+if shutil.which(shlex.split(compiler)[0]) is None:
     sys.exit(
-        "external_ops: no C++ compiler was found: install g++ (Debian, Ubuntu: apt install g++), or name one in CXX"
+        f"external_ops: no C++ compiler {compiler!r} was found: install g++ (Debian, Ubuntu: apt install g++), or name "
+        "one in CXX"
     )
 if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
     sys.exit("external_ops: Python's headers are missing: install them (Debian, Ubuntu: apt install python3-dev)")

@@ -22,20 +22,23 @@ struct float16 {
   uint16_t bits;
 };
 
-enum Level { PLAIN, AVX2, AVX512 };
+enum Level { PLAIN, AVX2, AVX512, VNNI };
 
-// The best that this processor has, or less where EMU3_OPS_SIMD is "plain" or "avx2".
+// The best that this processor has; no more than what EMU3_OPS_SIMD names: "plain", "avx2", or "avx512" (without VNNI).
 inline Level level() {
 #if defined(__x86_64__)
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const Level best = avx512 ? AVX512 : avx2 ? AVX2 : PLAIN;
+  static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const Level best = vnni ? VNNI : avx512 ? AVX512 : avx2 ? AVX2 : PLAIN;
   const char* asked = std::getenv("EMU3_OPS_SIMD");
   if (!asked) return best;
-  if (!std::strcmp(asked, "plain")) return PLAIN;
-  if (!std::strcmp(asked, "avx2") && avx2) return AVX2;
-  return best;
+  const Level most = !std::strcmp(asked, "plain")    ? PLAIN
+                     : !std::strcmp(asked, "avx2")   ? AVX2
+                     : !std::strcmp(asked, "avx512") ? AVX512
+                                                     : VNNI;
+  return best < most ? best : most;
 #else
   return PLAIN;
 #endif
@@ -203,7 +206,7 @@ SIMD_INLINE void load(const uint8_t* p, nibbles n, floats& low, floats& high) {
 // The function of the namespace that fits this processor.
 #if defined(__x86_64__)
 #define SIMD_CHOOSE(...)                                                                               \
-  (simd::level() == simd::AVX512 ? avx512::__VA_ARGS__ : simd::level() == simd::AVX2 ? avx2::__VA_ARGS__ : plain::__VA_ARGS__)
+  (simd::level() >= simd::AVX512 ? avx512::__VA_ARGS__ : simd::level() == simd::AVX2 ? avx2::__VA_ARGS__ : plain::__VA_ARGS__)
 #else
 #define SIMD_CHOOSE(...) plain::__VA_ARGS__
 #endif

@@ -188,9 +188,10 @@ def usable_dtype(dtype, quantized):
     dtype, on_cpu = dtype or quantized or "bfloat16", paddle.get_device() == "cpu"
     if on_cpu and dtype == "float16":
         note("there is no float16 linear layer for a CPU: going on in float32")
-        return "float32"
-    if on_cpu and dtype != "float32" and operators() is None:
-        note(f"{dtype} is slow on a CPU without the compiled operators: run `make ops`, or take --dtype=float32")
+        dtype = "float32"
+    if on_cpu and operators() is None:
+        other = "" if dtype == "float32" else ", or take --dtype=float32"
+        note(f"{dtype} is slow on a CPU without the compiled operators: run `make ops`{other}")
     return dtype
 
 

@@ -6,9 +6,12 @@ import math
 import paddle
 import paddle.nn.functional as F
 
-from .. import operators
+from paddlemix.utils import InputError
+
+from .. import operators, wants_gradient
 
 MOST_NEW = 16  # tokens
+CACHED = (paddle.float32, paddle.bfloat16, paddle.float16)
 
 
 def cached_attention(query, key, value, length, allowed=None):
@@ -19,15 +22,36 @@ def cached_attention(query, key, value, length, allowed=None):
             length - new + 1 + i.
         key, value: float32, bfloat16 or float16 [B, kv, room, D], the cache: `length` tokens are in it.
         length: tokens in all, the new ones with them.
-        allowed: bool [B, length], False at padding; None where there is none. A query that sees no key gives some
-            finite numbers.
+        allowed: bool [B, length], False at padding; None where there is none. A query that sees no key gives the mean
+            of all `length` values.
 
     Returns:
         float32 [B, new, H * D]
     """
-    if ops := operators():
+    _check(query, key, value, length, allowed)
+    if (ops := operators()) and not wants_gradient(query, key, value):
         return ops.cached_attention(query, key, value, allowed, length)
     return _with_paddle(query, key, value, length, allowed)
+
+
+def _check(query, key, value, length, allowed):
+    given, kept = list(query.shape), list(key.shape)
+    if len(given) != 4 or len(kept) != 4 or list(value.shape) != kept or 0 in given or 0 in kept:
+        raise InputError(
+            f"query must be [B, new, H, D], key and value [B, kv, room, D], none empty, got {given}, {kept} and "
+            f"{list(value.shape)}"
+        )
+    if given[0] != kept[0] or given[3] != kept[3] or given[2] % kept[1]:
+        raise InputError(f"query {given} and key {kept} must agree in B and D, and H be a multiple of kv")
+    if query.dtype != paddle.float32 or key.dtype not in CACHED or value.dtype != key.dtype:
+        raise InputError(
+            "query must be float32, key and value both float32, bfloat16 or float16, got "
+            f"{query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if not given[1] <= length <= kept[2]:
+        raise InputError(f"length must be {given[1]} (the new tokens) to {kept[2]} (the room), got {length}")
+    if allowed is not None and (allowed.dtype != paddle.bool or list(allowed.shape) != [given[0], length]):
+        raise InputError(f"allowed must be bool {[given[0], length]}, got {allowed.dtype} {list(allowed.shape)}")
 
 
 def _with_paddle(query, key, value, length, allowed):

@@ -82,7 +82,7 @@ SIMD_TARGET void attend(const Problem& p, int64_t batch, int64_t kv_head, int64_
     for (int64_t q = 0; q < queries; ++q) {
       float* s = &scores[q * BLOCK];
       const int seen = std::clamp<int64_t>(p.length - p.news + 1 + q % p.news - begin, 0, count);
-      for (int j = seen; j < BLOCK; ++j) s[j] = HIDDEN;
+      for (int j = seen; j < BLOCK; ++j) s[j] = j < count ? HIDDEN : 2 * HIDDEN;  // of no key: less than a hidden one
       if (p.allowed)
         for (int j = 0; j < seen; ++j) s[j] = p.allowed[batch * p.length + begin + j] ? s[j] : HIDDEN;
       weigh(s, state.largest[q], state.total[q], &state.sums[q * width], width);

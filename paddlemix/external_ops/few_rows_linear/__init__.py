@@ -12,7 +12,7 @@ import paddle.nn.functional as F
 
 from paddlemix.utils import InputError
 
-from .. import operators
+from .. import operators, wants_gradient
 
 FEW_ROWS = 16  # so many rows are computed while the weights are read once; more go by blocks
 GROUP = 128  # inputs that share a scale in 4 bits
@@ -33,10 +33,10 @@ def few_rows_linear(x, weight, scale=None):
     Returns:
         float32 [..., out]
     """
+    if x.dtype != paddle.float32 or x.ndim == 0:
+        raise InputError(f"few_rows_linear takes float32 activations [..., in], got {x.dtype} {list(x.shape)}")
     _check(x.shape[-1], weight, scale)
-    if x.dtype != paddle.float32:
-        raise InputError(f"few_rows_linear takes float32 activations, got {x.dtype}: cast them")
-    if (ops := operators()) and not _wants_gradient(x, weight):
+    if (ops := operators()) and not wants_gradient(x, weight):
         return ops.few_rows_linear(x, weight, scale)
     rows = x.reshape([-1, x.shape[-1]])
     return _with_paddle(rows, weight, scale).reshape([*x.shape[:-1], weight.shape[0]])
@@ -56,8 +56,10 @@ def quantize(weight, bits):
     """
     if bits not in (8, 4):
         raise InputError(f"weights are quantized to 8 or 4 bits, got {bits}")
-    if weight.ndim != 2 or weight.dtype not in FLOATS:
-        raise InputError(f"a weight to quantize must be float [out, in], got {weight.dtype} {list(weight.shape)}")
+    if weight.ndim != 2 or 0 in weight.shape or weight.dtype not in FLOATS:
+        raise InputError(
+            f"a weight to quantize must be float [out, in], not empty, got {weight.dtype} {list(weight.shape)}"
+        )
     if ops := operators():
         weight, scale = ops.quantize_weight(weight, bits)
     else:
@@ -90,15 +92,15 @@ def _check(in_features, weight, scale):
         columns, scales = groups * GROUP // 2, [given[0], groups]
     elif dtype not in (paddle.float32, paddle.bfloat16):
         raise InputError(f"a weight must be float32, bfloat16, int8 or uint8 (4 bits), got {dtype}")
-    if len(given) != 2 or given[1] != columns:
-        raise InputError(f"a {dtype} weight for {in_features} inputs must be [out, {columns}], got {given}")
+    if len(given) != 2 or given[1] != columns or 0 in given:
+        raise InputError(
+            f"a {dtype} weight for {in_features} inputs must be [out, {columns}], not empty, got {list(given)}"
+        )
     got = None if scale is None else scale.shape
-    if got != scales:
-        raise InputError(f"the scale of a {dtype} weight {given} must be {scales}, got {got}")
-
-
-def _wants_gradient(*tensors):
-    return paddle.is_grad_enabled() and not all(t.stop_gradient for t in tensors)
+    if got != scales or (scale is not None and scale.dtype != paddle.float32):
+        wanted = "None" if scales is None else f"float32 {list(scales)}"
+        got = "None" if scale is None else f"{scale.dtype} {list(got)}"
+        raise InputError(f"the scale of a {dtype} weight {list(given)} must be {wanted}, got {got}")
 
 
 def _chunks(shape):

@@ -2,8 +2,9 @@
 // 4 bit weights times few rows by AVX-512 VNNI, whose sums of byte products take fewer instructions than floats do;
 // few_rows_linear.h includes it.
 //
-// Each row of x is made integers of 24 bits times one scale: the error is within 2^-24 of the row's largest value, as
-// small as a sum of floats rounds. Their three bytes are multiplied one after the other, the highest first.
+// Each group of a row of x is made integers of 24 bits times a scale: the error is within 2^-24 of the group's largest
+// value, as small as a sum of floats rounds. Their three bytes are multiplied one after the other, the highest first.
+// Nibbles are too large by 8: 8 x is taken off the integer sums, where nothing is rounded.
 #pragma once
 
 namespace few_rows_linear {
@@ -12,46 +13,44 @@ namespace few_rows_linear {
 
 #define SIMD_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
 
-inline bool has_vnni() {
-  static const bool here = __builtin_cpu_supports("avx512vnni");
-  return here && simd::level() == simd::AVX512;
-}
+constexpr int VNNI_ROWS = 3;  // for more rows floats are as fast
 
 // Rows of x as integers.
 struct Fixed {
-  static constexpr int BYTES = 3;
-  std::vector<int8_t> bytes;  // [rows, groups, BYTES, GROUP], the highest first
-  std::vector<float> eights;  // [rows, groups]: their sums times 8, which the nibbles are too large by
-  std::vector<float> scale;   // [rows]
+  static constexpr int BYTES = 3, LANES = 16;
+  std::vector<int8_t> bytes;    // [rows, groups, BYTES, GROUP], the highest first
+  std::vector<int32_t> eights;  // [rows, groups, LANES]: 8 times the sum of what a lane of 32 bits multiplies
+  std::vector<float> scale;     // [rows, groups]
+  bool finite = true;           // integers cannot say infinity or NaN
 
   SIMD_VNNI explicit Fixed(const Problem& p)
-      : bytes(p.rows * p.groups() * BYTES * GROUP), eights(p.rows * p.groups()), scale(p.rows) {
+      : bytes(p.rows * p.groups() * BYTES * GROUP), eights(p.rows * p.groups() * LANES), scale(p.rows * p.groups()) {
     constexpr float MOST = 127 << 16;  // so that the highest byte stays one
-    for (int64_t r = 0; r < p.rows; ++r) {
-      const float* x = p.x + r * p.in;
-      const float size = avx512::largest(x, p.in), inverse = size < TINY ? 0 : MOST / size;
-      scale[r] = std::isfinite(size) ? size / MOST : NAN;
+    for (int64_t r = 0; r < p.rows; ++r)
       for (int64_t g = 0; g < p.groups(); ++g) {
-        const int64_t count = std::min<int64_t>(GROUP, p.in - g * GROUP);
-        int32_t whole[GROUP] = {}, sum = 0;
-        for (int64_t i = 0; i < count; ++i) whole[i] = (int32_t)__builtin_rintf(x[g * GROUP + i] * inverse);
-        int8_t* to = &bytes[(r * p.groups() + g) * BYTES * GROUP];
+        const float* x = p.x + r * p.in + g * GROUP;
+        const int64_t count = std::min<int64_t>(GROUP, p.in - g * GROUP), at = r * p.groups() + g;
+        const float size = std::max(avx512::largest(x, count), TINY), inverse = MOST / size;
+        if (!std::isfinite(size)) finite = false;
+        if (!finite) return;
+        scale[at] = size / MOST;
+        int32_t whole[GROUP] = {};
+        for (int64_t i = 0; i < count; ++i) whole[i] = (int32_t)__builtin_rintf(x[i] * inverse);
+        int8_t* to = &bytes[at * BYTES * GROUP];
         for (int i = 0; i < GROUP; ++i) {
           const int32_t low = (int8_t)whole[i], rest = (whole[i] - low) >> 8, middle = (int8_t)rest;
           to[i] = (rest - middle) >> 8;
           to[GROUP + i] = middle;
           to[2 * GROUP + i] = low;
-          sum += whole[i];
         }
-        eights[r * p.groups() + g] = 8.0f * sum;
+        for (int i = 0; i < GROUP; ++i) eights[at * LANES + i % (GROUP / 2) / 4] += 8 * whole[i];
       }
-    }
   }
 };
 
-// Outputs o to o + O of R rows from `row` on.
+// Outputs o to o + O of all R rows.
 template <int R, int O>
-SIMD_VNNI inline void stream_vnni(const Problem& p, const Fixed& fixed, int64_t row, int64_t o) {
+SIMD_VNNI inline void stream_vnni(const Problem& p, const Fixed& fixed, int64_t o) {
   const int64_t groups = p.groups(), stride = groups * (GROUP / 2);
   const uint8_t* w = (const uint8_t*)p.weight + o * stride;
   const float* scale = p.scale + o * groups;
@@ -71,7 +70,7 @@ SIMD_VNNI inline void stream_vnni(const Problem& p, const Fixed& fixed, int64_t 
     __m512i total[R][O];
     for (int byte = 0; byte < Fixed::BYTES; ++byte)
       for (int r = 0; r < R; ++r) {
-        const int8_t* x = &fixed.bytes[(((row + r) * groups + g) * Fixed::BYTES + byte) * GROUP];
+        const int8_t* x = &fixed.bytes[((r * groups + g) * Fixed::BYTES + byte) * GROUP];
         const __m512i x_low = _mm512_loadu_si512(x), x_high = _mm512_loadu_si512(x + GROUP / 2);
         for (int i = 0; i < O; ++i) {
           total[r][i] = byte ? _mm512_slli_epi32(total[r][i], 8) : _mm512_setzero_si512();
@@ -79,36 +78,35 @@ SIMD_VNNI inline void stream_vnni(const Problem& p, const Fixed& fixed, int64_t 
         }
         for (int i = 0; i < O; ++i) total[r][i] = _mm512_dpbusd_epi32(total[r][i], high[i], x_high);
       }
-    for (int i = 0; i < O; ++i) {
-      const __m512 factor = _mm512_set1_ps(scale[i * groups + g]);
-      for (int r = 0; r < R; ++r) sums[r][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total[r][i]), factor, sums[r][i]);
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = r * groups + g;
+      const __m512i eights = _mm512_loadu_si512(&fixed.eights[at * Fixed::LANES]);
+      for (int i = 0; i < O; ++i) {
+        const __m512 factor = _mm512_set1_ps(scale[i * groups + g] * fixed.scale[at]);
+        const __m512 part = _mm512_cvtepi32_ps(_mm512_sub_epi32(total[r][i], eights));
+        sums[r][i] = _mm512_fmadd_ps(part, factor, sums[r][i]);
+      }
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < O; ++i) {
-      float sum = _mm512_reduce_add_ps(sums[r][i]), eights = 0;
-#pragma omp simd reduction(+ : eights)
-      for (int64_t g = 0; g < groups; ++g) eights += fixed.eights[(row + r) * groups + g] * scale[i * groups + g];
-      p.y[(row + r) * p.out + o + i] = (sum - eights) * fixed.scale[row + r];
-    }
+    for (int i = 0; i < O; ++i) p.y[r * p.out + o + i] = _mm512_reduce_add_ps(sums[r][i]);
 }
 
 template <int R>
-SIMD_VNNI void tile_vnni(const Problem& p, const Fixed& fixed, int64_t row, int64_t begin, int64_t end) {
-  if (begin + 4 == end) return stream_vnni<R, 4>(p, fixed, row, begin);
-  for (; begin < end; ++begin) stream_vnni<R, 1>(p, fixed, row, begin);
+SIMD_VNNI void tile_vnni(const Problem& p, const Fixed& fixed, int64_t begin, int64_t end) {
+  if (begin + 4 == end) return stream_vnni<R, 4>(p, fixed, begin);
+  for (; begin < end; ++begin) stream_vnni<R, 1>(p, fixed, begin);
 }
 
-inline void linear_vnni(const Problem& p, int64_t piece) {
-  constexpr int TILE_ROWS = 4;
-  constexpr auto TILE = simd::by_rows<TILE_ROWS>([](auto r) { return tile_vnni<decltype(r)::value>; });
+// Whether it could.
+inline bool linear_vnni(const Problem& p, int64_t piece) {
+  constexpr auto TILE = simd::by_rows<VNNI_ROWS>([](auto r) { return tile_vnni<decltype(r)::value>; });
   const Fixed fixed(p);
+  if (!fixed.finite) return false;
   in_parallel(p.out, piece, p.rows * p.in * p.out, [&](int64_t begin, int64_t end) {
-    for (; begin < end; begin += 4)
-      simd::in_tiles(p.rows, TILE_ROWS, [&](int64_t row, int64_t rows) {
-        TILE.of[rows](p, fixed, row, begin, std::min(begin + 4, end));
-      });
+    for (; begin < end; begin += 4) TILE.of[p.rows](p, fixed, begin, std::min(begin + 4, end));
   });
+  return true;
 }
 
 #endif

@@ -55,8 +55,10 @@ def fused_ln(x, scale, bias, epsilon):
 
 
 def _check(x, *parameters):
-    if x.dtype not in FLOATS or x.ndim == 0:
-        raise InputError(f"a norm takes float32, float16 or bfloat16 [..., cols], got {x.dtype} {list(x.shape)}")
+    if x.dtype not in FLOATS or x.ndim == 0 or x.shape[-1] == 0:
+        raise InputError(
+            f"a norm takes float32, float16 or bfloat16 [..., cols], cols not 0, got {x.dtype} {list(x.shape)}"
+        )
     for given in parameters:
         if given.dtype not in FLOATS or given.dtype != parameters[0].dtype or list(given.shape) != [x.shape[-1]]:
             raise InputError(

@@ -35,8 +35,8 @@ void with_types(const Tensor& x, const Tensor& scale, F f) {
 }
 
 void check(const Tensor& x, const Tensor& scale, const Tensor* bias) {
-  PD_CHECK(!x.shape().empty() && scale.shape() == Shape{x.shape().back()},
-           "the scale of a norm must be [x.shape[-1]]");
+  PD_CHECK(!x.shape().empty() && x.shape().back() > 0 && scale.shape() == Shape{x.shape().back()},
+           "a norm takes x [..., cols], of at least one column, and its scale [cols]");
   PD_CHECK(!bias || (bias->shape() == scale.shape() && bias->dtype() == scale.dtype()),
            "the bias of a norm must have the shape and dtype of its scale");
   PD_CHECK(x.place() == scale.place() && (!bias || bias->place() == x.place()), "a norm takes tensors of one device");
@@ -51,7 +51,7 @@ const void* pointer(const Tensor* x) { return x ? x->data() : nullptr; }
 // {y, mean, invvar}; bias null: RMS norm, and mean is no tensor.
 std::vector<Tensor> forward(const Tensor& x, const Tensor& scale, const Tensor* bias, float epsilon) {
   check(x, scale, bias);
-  const int64_t cols = x.shape().back(), rows = cols ? x.numel() / cols : 0;
+  const int64_t cols = x.shape().back(), rows = x.numel() / cols;
   Tensor y = paddle::empty(x.shape(), scale.dtype(), x.place()), mean;
   Tensor invvar = paddle::empty(rows_of(x.shape()), DataType::FLOAT32, x.place());
   if (bias) mean = paddle::empty(rows_of(x.shape()), DataType::FLOAT32, x.place());
@@ -79,8 +79,9 @@ std::vector<Tensor> forward(const Tensor& x, const Tensor& scale, const Tensor* 
 std::vector<Tensor> backward(const Tensor& x, const Tensor& scale, const Tensor* bias, const Tensor* mean,
                                     const Tensor& invvar, const Tensor& dy) {
   check(x, scale, bias);
+  PD_CHECK(dy.initialized(), "a norm has a gradient through y alone, not through mean or invvar");
   PD_CHECK(dy.shape() == x.shape() && dy.dtype() == scale.dtype(), "the gradient of a norm's y must be as y");
-  const int64_t cols = x.shape().back(), rows = cols ? x.numel() / cols : 0;
+  const int64_t cols = x.shape().back(), rows = x.numel() / cols;
   Tensor dx = paddle::empty(x.shape(), x.dtype(), x.place());
   Tensor dscale = paddle::empty(scale.shape(), scale.dtype(), x.place()), dbias;
   if (bias) dbias = paddle::empty(scale.shape(), scale.dtype(), x.place());

@@ -7,7 +7,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle.nn.functional.flash_attention import flash_attention
 
-from paddlemix.external_ops import operators
+from paddlemix.external_ops import operators, wants_gradient
 from paddlemix.external_ops.cached_attention import MOST_NEW, cached_attention
 from paddlemix.utils import InputError
 
@@ -196,8 +196,7 @@ def _has_cached_attention(query, key, value, mask, dropout):
     """The compiled operator takes few float32 tokens on a CPU, padding but no other mask, and gives no gradient."""
     if operators() is None or not query.place.is_cpu_place() or query.dtype != paddle.float32 or mask.new > MOST_NEW:
         return False
-    wanted = paddle.is_grad_enabled() and not all(t.stop_gradient for t in (query, key, value))
-    return not (dropout or mask.by_query or wanted)
+    return not (dropout or mask.by_query or wants_gradient(query, key, value))
 
 
 def _attend_chunk(query, key, value, mask, start, stop, dropout):
