@@ -9,7 +9,7 @@ from conftest import relative_error
 from paddlemix.external_ops import cached_attention as module
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.cached_attention import cached_attention
-from paddlemix.models.emu3 import attention
+from paddlemix.models.emu3 import attention, modeling_emu3
 from paddlemix.utils import InputError
 
 
@@ -119,6 +119,7 @@ def test_in_the_model(how, monkeypatch, language_model, new):
     ids = paddle.to_tensor(np.random.default_rng(0).integers(0, 200, [2, 40]))
     mask = paddle.ones_like(ids)
     mask[0, :7] = 0
+    monkeypatch.setattr(modeling_emu3.Emu3DecoderLayer, "_has_decoder_step", lambda *_: False)
     monkeypatch.setattr(attention, "operators", module.operators)
     calls = []
     monkeypatch.setattr(attention, "cached_attention", lambda *args: calls.append(1) or cached_attention(*args))

@@ -44,6 +44,7 @@ def test_left_out_on_request(tmp_path):
     ("module", "words"),
     [
         ("raise ModuleNotFoundError(name='emu3_ops')", "are not built"),
+        ("fused_ln = 1", "are of another version (they lack fused_rms_norm, nearest_codeword"),
         ("raise ImportError('another Paddle')", "do not load (another Paddle)"),
         ("raise RuntimeError('undefined\\nsymbol')", "do not load (undefined symbol)"),
     ],

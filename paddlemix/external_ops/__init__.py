@@ -11,6 +11,11 @@ import os
 
 import paddle
 
+OPERATORS = (
+    "fused_rms_norm", "fused_ln", "nearest_codeword", "few_rows_linear", "quantize_weight", "cached_attention",
+    "decoder_step",
+)  # fmt: skip
+
 
 @functools.cache
 def operators():
@@ -19,9 +24,14 @@ def operators():
         return None
     try:
         import emu3_ops
+
+        missing = [name for name in OPERATORS if not hasattr(emu3_ops, name)]
+        why = f"are of another version (they lack {', '.join(missing)})" if missing else None
+    except ModuleNotFoundError:
+        why = "are not built"
     except (ImportError, RuntimeError, OSError) as error:  # Paddle's loader raises RuntimeError, of many lines
-        built = not isinstance(error, ModuleNotFoundError)
-        why = f"do not load ({' '.join(str(error).split())[:200]})" if built else "are not built"
+        why = f"do not load ({' '.join(str(error).split())[:200]})"
+    if why:
         logging.getLogger(__name__).warning(
             "paddlemix.external_ops: the operators %s, Paddle's are used: slower; `make ops` builds them", why
         )

@@ -91,7 +91,7 @@ SIMD_TARGET void widen_columns(const Problem& p, int64_t o, int64_t first, int64
 }
 
 template <>
-SIMD_TARGET void widen_columns<uint8_t>(const Problem& p, int64_t o, int64_t first, int64_t count, float* to) {
+SIMD_TARGET inline void widen_columns<uint8_t>(const Problem& p, int64_t o, int64_t first, int64_t count, float* to) {
   const int64_t groups = p.groups();
   for (int64_t i = 0; i < count; i += GROUP) {
     const int64_t g = o * groups + (first + i) / GROUP;

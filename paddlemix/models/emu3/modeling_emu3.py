@@ -14,6 +14,8 @@ from paddle.distributed.fleet.utils import recompute
 from paddlenlp.generation import GenerationConfig, GenerationMixin
 from paddlenlp.transformers.model_outputs import CausalLMOutputWithPast
 
+from paddlemix.external_ops import operators
+from paddlemix.external_ops.decoder_step import decoder_step
 from paddlemix.external_ops.few_rows_linear import FEW_ROWS, few_rows_linear
 from paddlemix.external_ops.fused_ln import fused_rms_norm
 from paddlemix.utils import InputError
@@ -120,8 +122,41 @@ class Emu3DecoderLayer(nn.Layer):
         self.post_attention_layernorm = Emu3RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, rotary, mask, cache=None):
+        if self._has_decoder_step(x, mask):
+            return self._decoder_step(x, rotary, mask, cache)
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def _parts(self):
+        """The norms and the linear layers, in the order of decoder_step."""
+        attn, mlp = self.self_attn, self.mlp
+        norms = self.input_layernorm, self.post_attention_layernorm
+        return norms, (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+    def _has_decoder_step(self, x, mask):
+        """The compiled operator takes few tokens on a CPU and the layers as they were made, and gives no gradient."""
+        few = mask.past and x.shape[0] * x.shape[1] <= FEW_ROWS and not mask.by_query
+        on_cpu = x.dtype == paddle.float32 and x.place.is_cpu_place() and operators() is not None
+        if not few or not on_cpu or paddle.is_grad_enabled() or self.training:
+            return False
+        norms, linears = self._parts()
+        kinds = (Emu3Attention, self.self_attn), (Emu3MLP, self.mlp)
+        kinds = *kinds, *((Emu3RMSNorm, part) for part in norms), *((Emu3Linear, part) for part in linears)
+        return all(
+            type(part) is kind
+            and not (part._forward_pre_hooks or part._forward_post_hooks or "forward" in part.__dict__)
+            for kind, part in kinds
+        )
+
+    def _decoder_step(self, x, rotary, mask, cache):
+        norms, linears = self._parts()
+        layer = self.self_attn.layer
+        return decoder_step(
+            x, [part.weight for part in norms], [part.weight for part in linears],
+            None if linears[0].weight_scale is None else [part.weight_scale for part in linears],
+            rotary.cos, rotary.sin, cache.keys[layer], cache.values[layer], mask.past + mask.new, norms[0].eps,
+            mask.padding(),
+        )  # fmt: skip
 
 
 class Emu3Model(CheckpointMixin, nn.Layer):

@@ -1,0 +1,23 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""A decoder layer for few new tokens over the cache, on a CPU, in one call: a step of many small operators spends as
+long between them as in reading the weights of a small model. The model computes the same with the others."""
+
+from .. import operators
+
+
+def decoder_step(x, norms, weights, scales, cosine, sine, key, value, length, epsilon, allowed=None):
+    """x + attention(norm(x)), and of that x + mlp(norm(x)). The compiled operator is needed; gives no gradient.
+
+    Args:
+        x: float32 [B, new, hidden], the last of `length` tokens.
+        norms: before attention and before the MLP, float32, bfloat16 or float16 [hidden].
+        weights: of q, k, v, o, gate, up and down, each as few_rows_linear takes it, all of one dtype.
+        scales: of the seven, for int8 and uint8 weights; None for floats.
+        cosine, sine: of the rotary angles, float32 [1 or B, new, 1, D], as attention.Rotary doubles them.
+        key, value: the cache, as cached_attention takes it. **The new tokens are written into it.**
+        allowed: bool [B, length], False at padding; None where there is none.
+
+    Returns:
+        float32 [B, new, hidden]
+    """
+    return operators().decoder_step(x, norms, weights, scales, cosine, sine, key, value, allowed, length, epsilon)

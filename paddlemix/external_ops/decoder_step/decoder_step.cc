@@ -1,0 +1,140 @@
+// Licensed under the Apache License, Version 2.0; see LICENSE.
+// decoder_step: Paddle's side of decoder_step.h. __init__.py checks what is given.
+#include "decoder_step.h"
+
+#include "paddle/extension.h"
+
+namespace {
+
+using paddle::DataType;
+using paddle::Tensor;
+using Tensors = std::vector<Tensor>;
+using Shape = std::vector<int64_t>;
+
+constexpr size_t NORMS = 2, WEIGHTS = 7;
+
+template <class T>
+decoder_step::Floats widen(const Tensor& x) {
+  decoder_step::Floats wide(x.numel());
+  std::transform(x.data<T>(), x.data<T>() + x.numel(), wide.begin(), [](T value) { return static_cast<float>(value); });
+  return wide;
+}
+
+decoder_step::Floats widen(const Tensor& x) {
+  switch (x.dtype()) {
+    case DataType::FLOAT32:
+      return widen<float>(x);
+    case DataType::BFLOAT16:
+      return widen<paddle::bfloat16>(x);
+    case DataType::FLOAT16:
+      return widen<paddle::float16>(x);
+    default:
+      PD_THROW("decoder_step takes norms of float32, bfloat16 or float16");
+  }
+}
+
+auto linear_of(DataType weights) {
+  switch (weights) {
+    case DataType::FLOAT32:
+      return few_rows_linear::linear<float>;
+    case DataType::BFLOAT16:
+      return few_rows_linear::linear<simd::bfloat16>;
+    case DataType::INT8:
+      return few_rows_linear::linear<int8_t>;
+    case DataType::UINT8:
+      return few_rows_linear::linear<uint8_t>;
+    default:
+      PD_THROW("decoder_step takes weights of float32, bfloat16, int8 or uint8 (4 bits)");
+  }
+}
+
+auto step_of(DataType cache) {
+  switch (cache) {
+    case DataType::FLOAT32:
+      return decoder_step::step<float>;
+    case DataType::BFLOAT16:
+      return decoder_step::step<simd::bfloat16>;
+    case DataType::FLOAT16:
+      return decoder_step::step<simd::float16>;
+    default:
+      PD_THROW("decoder_step takes a cache of float32, bfloat16 or float16");
+  }
+}
+
+bool is_float(const Tensor& x, const Shape& shape) {
+  return x.dtype() == DataType::FLOAT32 && x.shape() == shape;
+}
+
+// Writes to `key` and `value`, which are a cache and have no gradients.
+Tensors DecoderStep(const Tensor& x, const Tensors& norms, const Tensors& weights,
+                    const paddle::optional<Tensors>& scales, const Tensor& cosine, const Tensor& sine,
+                    const Tensor& key, const Tensor& value, const paddle::optional<Tensor>& allowed, int64_t length,
+                    double epsilon) {
+  PD_CHECK(norms.size() == NORMS && weights.size() == WEIGHTS && (!scales || scales->size() == WEIGHTS),
+           "decoder_step takes two norms, seven weights and as many scales or none");
+  const auto shape = x.shape(), cache = key.shape();
+  PD_CHECK(shape.size() == 3 && is_float(x, shape), "x must be float32 [B, new, hidden]");
+  PD_CHECK(cache.size() == 4 && value.shape() == cache && value.dtype() == key.dtype() && cache[0] == shape[0],
+           "key and value must be [B, kv, room, D] of one dtype");
+  PD_CHECK(0 < shape[1] && shape[1] <= length && length <= cache[2], "length must be of the new tokens to the room");
+  PD_CHECK(!allowed || (allowed->dtype() == DataType::BOOL && allowed->shape() == Shape({shape[0], length})),
+           "allowed must be bool [B, length]");
+  const int64_t angles = cosine.shape()[0];
+  PD_CHECK((angles == 1 || angles == shape[0]) && is_float(cosine, {angles, shape[1], 1, cache[3]}) &&
+               is_float(sine, cosine.shape()),
+           "cosine and sine must be float32 [1 or B, new, 1, D]");
+  const auto input_norm = widen(norms[0]), post_norm = widen(norms[1]);
+  const auto weight = [&](size_t i, int64_t in, int64_t out) {
+    const Tensor& w = weights[i];
+    const int64_t groups = (in + few_rows_linear::GROUP - 1) / few_rows_linear::GROUP;
+    const bool in_4_bits = w.dtype() == DataType::UINT8, in_8_bits = w.dtype() == DataType::INT8;
+    const int64_t columns = in_4_bits ? groups * few_rows_linear::GROUP / 2 : in;
+    PD_CHECK(w.dtype() == weights[0].dtype() && w.shape() == Shape({out, columns}), "weight ", i, " must be [", out,
+             ", ", columns, "], of the dtype of weight 0");
+    PD_CHECK(bool(scales) == (in_4_bits || in_8_bits), "int8 and uint8 weights have scales, floats none");
+    PD_CHECK(!scales || is_float((*scales)[i], in_4_bits ? Shape({out, groups}) : Shape({out})), "scale ", i,
+             " is not as few_rows_linear takes it");
+    return decoder_step::Weight{w.data(), scales ? (*scales)[i].data<float>() : nullptr, in, out};
+  };
+  const int64_t hidden = shape[2], attended = weights[0].shape()[0], inner = weights[4].shape()[0];
+  const int64_t kept = cache[1] * cache[3];
+  PD_CHECK(norms[0].numel() == hidden && norms[1].numel() == hidden, "norms must be [hidden]");
+  PD_CHECK(kept > 0 && attended > 0 && attended % kept == 0, "query heads must be a multiple of the cache's");
+  Tensor y = paddle::empty(shape, DataType::FLOAT32, x.place());
+  step_of(key.dtype())({linear_of(weights[0].dtype()),
+                        x.data<float>(),
+                        input_norm.data(),
+                        post_norm.data(),
+                        weight(0, hidden, attended),
+                        weight(1, hidden, kept),
+                        weight(2, hidden, kept),
+                        weight(3, attended, hidden),
+                        weight(4, hidden, inner),
+                        weight(5, hidden, inner),
+                        weight(6, inner, hidden),
+                        cosine.data<float>(),
+                        sine.data<float>(),
+                        const_cast<void*>(key.data()),
+                        const_cast<void*>(value.data()),
+                        allowed ? allowed->data<bool>() : nullptr,
+                        y.data<float>(),
+                        shape[0],
+                        shape[1],
+                        attended / cache[3],
+                        cache[1],
+                        cache[3],
+                        angles,
+                        length,
+                        cache[2],
+                        epsilon});
+  return {y};
+}
+
+}  // namespace
+
+PD_BUILD_OP(decoder_step)
+    .Inputs({"X", paddle::Vec("Norms"), paddle::Vec("Weights"), paddle::Optional(paddle::Vec("Scales")), "Cosine",
+             "Sine", "Key", "Value", paddle::Optional("Allowed")})
+    .Outputs({"Out"})
+    .Attrs({"length: int64_t", "epsilon: double"})
+    .SetKernelFn(PD_KERNEL(DecoderStep));
