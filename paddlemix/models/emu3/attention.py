@@ -72,23 +72,38 @@ class KVCache:
         return other
 
 
+class CacheAt:
+    """A KVCache whose next tokens go to `positions`, int64 [new] on the device; its `length` is not read."""
+
+    def __init__(self, cache, positions):
+        self.keys, self.values = cache.keys, cache.values
+        batch, kv_heads, room, self.head_dim = self.keys[0].shape
+        self.rows = (paddle.arange(0, batch * kv_heads * room, room).unsqueeze(-1) + positions).flatten()
+
+    def write(self, layer, key, value):
+        """Put keys and values [batch, kv_heads, new, head_dim] there."""
+        for cached, new in ((self.keys[layer], key), (self.values[layer], value)):
+            rows = [-1, self.head_dim]
+            cached.view(rows).scatter_(self.rows, new.astype(cached.dtype).reshape(rows))
+
+
 class Rotary:
     """Rotary positions (Su et al., arXiv 2104.09864) of new tokens: their angles, made once for all layers.
 
-    `position_ids` are int64 [batch or 1, new]; `length` tokens in all decide the base of the dynamic (NTK-aware)
-    scaling.
+    `position_ids` are int64 [batch or 1, new]; `length` tokens in all, a number or float64 [1], decide the base of the
+    dynamic (NTK-aware) scaling.
     """
 
     def __init__(self, config, position_ids, length):
-        base, dim = config.rope_theta, config.head_dim
+        base, dim = paddle.full([1], config.rope_theta, "float64"), config.head_dim
         scaling = config.rope_scaling or {}
         positions = position_ids.astype("float32")
         if scaling.get("type") == "linear":
             positions = positions / scaling["factor"]
-        elif scaling.get("type") == "dynamic" and length > config.max_position_embeddings:
-            stretch = scaling["factor"] * length / config.max_position_embeddings - (scaling["factor"] - 1)
-            base = base * stretch ** (dim / (dim - 2))
-        inverse = 1.0 / paddle.pow(paddle.full([], base, "float32"), paddle.arange(0, dim, 2, dtype="float32") / dim)
+        elif scaling.get("type") == "dynamic":
+            over = paddle.clip(paddle.ones([1], "float64") * length / config.max_position_embeddings, min=1.0)
+            base = base * (scaling["factor"] * over - (scaling["factor"] - 1)) ** (dim / (dim - 2))
+        inverse = 1.0 / paddle.pow(base.astype("float32"), paddle.arange(0, dim, 2, dtype="float32") / dim)
         angles = (positions.unsqueeze(-1) * inverse).unsqueeze(2)
         cos, sin = angles.cos(), angles.sin()
         self.cos, self.sin = paddle.concat([cos, cos], axis=-1), paddle.concat([-sin, sin], axis=-1)
@@ -113,12 +128,15 @@ class Mask:
     """Which keys each of the new tokens may see: those up to its own, and of them the allowed ones.
 
     Args:
-        past, new: how many tokens were before, and how many are new.
+        past, new: how many tokens were before, and how many are new. `past` may be int64 [1], on the device: then no
+            shape and no Python number depends on it.
         allowed: bool [batch, 1, 1 or new, past + new], False at keys that nobody may see; None where there are none.
     """
 
     def __init__(self, past, new, allowed=None):
         self.past, self.new, self.allowed = past, new, allowed
+        self.past_on_device = paddle.is_tensor(past)
+        self.is_first = not self.past_on_device and past == 0
         self.by_query = allowed is not None and allowed.shape[2] > 1
         self._full = None
 
@@ -130,8 +148,6 @@ class Mask:
         """Scores [batch, kv_heads, group * queries, length] of the new tokens from `start` to `stop` and the first
         `length` keys: very negative where a key may not be seen."""
         batch, kv_heads, queries, length = scores.shape
-        if self.allowed is None and length == self.past + 1:
-            return scores
         if self.new > FEW_TOKENS or stop - start < self.new:
             by_query = scores.reshape([batch, kv_heads, -1, stop - start, length])
             return paddle.minimum(by_query, self._ceiling(start, stop, length).unsqueeze(2)).reshape(scores.shape)
@@ -143,8 +159,7 @@ class Mask:
     def _ceiling(self, start, stop, length):
         """float32 [batch or 1, 1, queries, length]: what scores must not exceed, 1e30 where a key may be seen, else
         -1e30. (Finite: where a query sees nothing, it must not make NaN. Adding it would give gradients there.)"""
-        first = self.past + start
-        visible = paddle.arange(length) <= paddle.arange(first, first + stop - start).unsqueeze(-1)
+        visible = paddle.arange(length) <= (paddle.arange(start, stop) + self.past).unsqueeze(-1)
         visible = visible.reshape([1, 1, stop - start, length])
         if self.allowed is not None:
             allowed = self.allowed if self.allowed.shape[2] == 1 else self.allowed[:, :, start:stop]
@@ -168,7 +183,7 @@ def attend(query, key, value, mask, dropout=0.0):
     """
     batch, new, heads, head_dim = query.shape
     kv_heads = key.shape[1]
-    if mask.past == 0 and mask.allowed is None and _has_flash_attention(query):
+    if mask.is_first and mask.allowed is None and _has_flash_attention(query):
         key, value = key.transpose([0, 2, 1, 3]), value.transpose([0, 2, 1, 3])
         out, _ = flash_attention(query, key, value, dropout=dropout, causal=True, training=dropout > 0)
         return out.reshape([batch, new, heads * head_dim])
@@ -182,7 +197,7 @@ def attend(query, key, value, mask, dropout=0.0):
     out = []
     for start in range(0, new, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, new)
-        if new > QUERY_CHUNK:  # later keys are nobody's in this chunk
+        if new > QUERY_CHUNK and not mask.past_on_device:  # later keys are nobody's in this chunk
             length = mask.past + stop
             chunk = query[:, :, :, start:stop], key[:, :, :length], value[:, :, :length]
         else:
@@ -196,7 +211,7 @@ def _has_cached_attention(query, key, value, mask, dropout):
     """The compiled operator takes few float32 tokens on a CPU, padding but no other mask, and gives no gradient."""
     if operators() is None or not query.place.is_cpu_place() or query.dtype != paddle.float32 or mask.new > MOST_NEW:
         return False
-    return not (dropout or mask.by_query or wants_gradient(query, key, value))
+    return not (mask.past_on_device or dropout or mask.by_query or wants_gradient(query, key, value))
 
 
 def _attend_chunk(query, key, value, mask, start, stop, dropout):
@@ -238,10 +253,14 @@ def allowed_keys(attention_mask, batch, new, length):
     return allowed.expand([batch, -1, -1, -1])
 
 
-def count_positions(allowed, past, length, batch):
-    """Positions of the new tokens: their number among the keys that the last one may see, and 1 at padding."""
+def count_positions(allowed, past, new, batch):
+    """Positions of the new tokens: their number among the keys that the last one may see, and 1 at padding.
+
+    past: a number, or int64 [1] -> int64 [batch, new]
+    """
+    columns = paddle.arange(new) + past
     if allowed is None:
-        return paddle.arange(past, length).unsqueeze(0).expand([batch, -1])
+        return columns.unsqueeze(0).expand([batch, -1])
     allowed = allowed[:, 0, -1]
     positions = allowed.astype("int64").cumsum(axis=-1) - 1
-    return paddle.where(allowed, positions, paddle.ones_like(positions))[:, past:]
+    return paddle.where(allowed, positions, paddle.ones_like(positions)).index_select(columns, axis=1)

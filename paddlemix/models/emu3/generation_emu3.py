@@ -147,18 +147,21 @@ def generate_images(
     cache = model.make_cache(len(rows), prompt.shape[1] + drawing.total)
     visual = slice(grammar.first_visual, grammar.first_visual + grammar.codebook_size)
     noise = _Noise(sampling, len(prompts), drawing.total, grammar.codebook_size)
-    passes = 0
+
+    def pick(hidden, noise):
+        logits = model.lm_head(hidden, visual).astype("float32")
+        if guided:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + guidance_scale * (conditional - unconditional)
+        return sampling.pick(logits, noise) + grammar.first_visual
+
+    decoder, passes = _Decoder(model, cache, attention_mask, pick), 0
     try:
         while span := drawing.next_span():
             feed = drawing.ids[:, drawing.fed : span.stop - 1]
             feed = paddle.concat([feed, feed]) if guided else feed
             feed = feed if cache.length else paddle.concat([prompt, feed], axis=1)
-            hidden = _last_hidden(model, feed, attention_mask, cache, span.stop - span.start)
-            logits = model.lm_head(hidden, visual).astype("float32")
-            if guided:
-                conditional, unconditional = logits.chunk(2)
-                logits = unconditional + guidance_scale * (conditional - unconditional)
-            added, row_ended = drawing.take(span, sampling.pick(logits, noise(span)) + grammar.first_visual)
+            added, row_ended = drawing.take(span, decoder(feed, span.stop - span.start, noise(span)))
             cache.length = prompt.shape[1] + drawing.fed
             passes += 1
             if on_tokens:
@@ -233,9 +236,13 @@ class _Drawing:
 
 def _cheap_rows(model):
     """How many rows a pass takes at hardly more cost than one; None on a GPU, where a window is far from the limit."""
-    if not model.lm_head.weight.place.is_cpu_place():
+    if _on_gpu(model):
         return None
     return CHEAP_ROWS.get(model.weight_dtype, 2) if operators() else 2
+
+
+def _on_gpu(model):
+    return not model.lm_head.weight.place.is_cpu_place()
 
 
 def _window(decoding, window, rows, cheap_rows):
@@ -258,7 +265,7 @@ def _first_right(picked, guesses):
 
 
 class _Noise:
-    """Sampling's noise on the device, made some positions ahead: a copy to a card waits for what runs there."""
+    """Sampling's noise on the device, made and brought there some positions at a time."""
 
     AHEAD = 32
 
@@ -275,8 +282,15 @@ class _Noise:
             self.first, self.end = start, max(end, min(start + self.AHEAD, self.total))
             positions = range(self.first, self.end)
             made = [[self.sampling.noise(i, p, self.size) for p in positions] for i in range(self.images)]
-            self.noise = paddle.to_tensor(np.array(made))
+            self.noise = _upload(np.array(made))
         return self.noise[:, start - self.first : end - self.first]
+
+
+def _upload(array):
+    """A tensor on the device. A card is not waited for: pinned memory is copied in its turn, and Paddle keeps it."""
+    if paddle.get_device().startswith("gpu"):
+        return paddle.to_tensor(array, place=paddle.CUDAPinnedPlace()).cuda(blocking=False)
+    return paddle.to_tensor(array)
 
 
 def _check_drawn(drawn, forced, grammar):
@@ -322,10 +336,10 @@ def generate_text(model, prompts, max_new_tokens=1024):
     config = model.config
     input_ids, attention_mask = _pad_left(prompts, config.pad_token_id, max_new_tokens)
     cache = model.make_cache(len(prompts), input_ids.shape[1] + max_new_tokens)
+    decoder = _Decoder(model, cache, attention_mask, lambda hidden, _: model.lm_head(hidden).argmax(axis=-1))
     ended = np.zeros(len(prompts), dtype=bool)
     for _ in range(max_new_tokens):
-        hidden = _last_hidden(model, input_ids, attention_mask, cache)[:, 0]
-        input_ids = model.lm_head(hidden).argmax(axis=-1, keepdim=True)
+        input_ids = decoder(input_ids)
         picked = input_ids[:, 0].numpy()
         ended |= picked == config.eos_token_id
         yield [None if end else int(token) for token, end in zip(picked, ended, strict=True)]
@@ -341,8 +355,62 @@ def _pad_left(rows, pad, room):
     return paddle.to_tensor(input_ids), paddle.to_tensor(np.pad(mask, [(0, 0), (0, room)], constant_values=1))
 
 
-def _last_hidden(model, input_ids, attention_mask, cache, count=1):
-    """Hidden states of the last tokens, [batch, count, hidden_size]; the new tokens are added to the cache."""
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, : cache.length + input_ids.shape[1]]
-    return model.model(input_ids, attention_mask, past_key_values=cache)[:, -count:]
+class _Decoder:
+    """Passes of the model over tokens new to its cache, and what is picked from the last hidden states.
+
+    Args:
+        pick: of hidden states [batch, count, hidden_size] and noise (or None) makes int64 [batch or pictures, count].
+    """
+
+    def __init__(self, model, cache, attention_mask, pick):
+        self.model, self.cache, self.attention_mask, self.pick = model, cache, attention_mask, pick
+        self.steps = {}
+
+    def __call__(self, feed, count=1, noise=None):
+        """What is picked from the last `count` of the tokens that are fed, int64 [batch, new].
+
+        On a GPU the next pass of the same shape overwrites it.
+        """
+        past, length = self.cache.length, self.cache.length + feed.shape[1]
+        if not past or not _on_gpu(self.model):
+            mask = None if self.attention_mask is None else self.attention_mask[:, :length]
+            return self.pick(self.model.model(feed, mask, past_key_values=self.cache)[:, -count:], noise)
+        if length > self.cache.room:
+            self.cache.reserve(length)
+            self.steps.clear()
+        shape = feed.shape[1], count
+        if shape not in self.steps:
+            self.steps[shape] = _Step(self, feed, count, noise)
+        self.cache.length = length
+        return self.steps[shape](feed, past, noise)
+
+
+class _Step:
+    """A pass for a GPU: what changes from one to the next is in tensors of fixed shape and address.
+
+    So a CUDA graph of `run` could be replayed at each position.
+    """
+
+    def __init__(self, decoder, feed, count, noise):
+        self.model, self.cache, self.pick, self.count = decoder.model, decoder.cache, decoder.pick, count
+        mask, room = decoder.attention_mask, self.cache.room
+        self.allowed = None if mask is None else mask[:, :room].astype("bool").reshape([-1, 1, 1, room])
+        self.feed, self.past = paddle.empty_like(feed), paddle.zeros([1], "int64")
+        self.noise = None if noise is None else paddle.empty_like(noise)
+        self.picked = None
+
+    def __call__(self, feed, past, noise):
+        self.feed.copy_(feed, False)
+        self.past.fill_(past)
+        if noise is not None:
+            self.noise.copy_(noise, False)
+        self.run()
+        return self.picked
+
+    def run(self):
+        hidden = self.model.model.step(self.feed, self.past, self.allowed, self.cache)
+        picked = self.pick(hidden[:, -self.count :], self.noise)
+        if self.picked is None:
+            self.picked = picked
+        else:  # where the first pass put it
+            self.picked.copy_(picked, False)

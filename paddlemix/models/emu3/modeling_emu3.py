@@ -20,7 +20,7 @@ from paddlemix.external_ops.few_rows_linear import FEW_ROWS, few_rows_linear
 from paddlemix.external_ops.fused_ln import fused_rms_norm
 from paddlemix.utils import InputError
 
-from .attention import KVCache, Mask, Rotary, allowed_keys, attend, count_positions
+from .attention import CacheAt, KVCache, Mask, Rotary, allowed_keys, attend, count_positions
 from .checkpoint import QUANTIZATIONS, CheckpointMixin, dtype_name
 from .configuration_emu3 import Emu3Config
 
@@ -96,7 +96,7 @@ class Emu3Attention(nn.Layer):
         value = self.v_proj(x).reshape(by_head).transpose([0, 2, 1, 3])
         if cache is not None:
             cache.write(self.layer, key, value)  # in the cache's dtype
-            if mask.past:
+            if not mask.is_first:
                 key, value = cache.keys[self.layer], cache.values[self.layer]
         dropout = self.config.attention_dropout if self.training else 0.0
         return self.o_proj(attend(query, key, value, mask, dropout))
@@ -135,9 +135,9 @@ class Emu3DecoderLayer(nn.Layer):
 
     def _has_decoder_step(self, x, mask):
         """The compiled operator takes few tokens on a CPU and the layers as they were made, and gives no gradient."""
-        few = mask.past and x.shape[0] * x.shape[1] <= FEW_ROWS and not mask.by_query
+        few = not mask.is_first and not mask.past_on_device and x.shape[0] * x.shape[1] <= FEW_ROWS
         on_cpu = x.dtype == paddle.float32 and x.place.is_cpu_place() and operators() is not None
-        if not few or not on_cpu or paddle.is_grad_enabled() or self.training:
+        if not few or not on_cpu or mask.by_query or paddle.is_grad_enabled() or self.training:
             return False
         norms, linears = self._parts()
         kinds = (Emu3Attention, self.self_attn), (Emu3MLP, self.mlp)
@@ -198,7 +198,6 @@ class Emu3Model(CheckpointMixin, nn.Layer):
         """
         batch, new = _input_shape(input_ids, inputs_embeds)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x = x.astype("float32") if x.place.is_cpu_place() else x
         past = 0 if past_key_values is None else past_key_values.length
         length = past + new
         if past_key_values is not None:
@@ -211,17 +210,42 @@ class Emu3Model(CheckpointMixin, nn.Layer):
         if past == 0 and allowed is not None and bool(allowed.all()):
             allowed = None  # nothing is masked: the causal mask alone can take flash attention
         if position_ids is None:
-            position_ids = count_positions(allowed, past, length, batch)
+            position_ids = count_positions(allowed, past, new, batch)
         elif list(position_ids.shape) not in ([batch, new], [1, new]):
             raise InputError(f"position_ids must be [{batch}, {new}], got {list(position_ids.shape)}")
-        rotary, mask = Rotary(self.config, position_ids, length), Mask(past, new, allowed)
-        for layer in self.layers:
-            if self.enable_recompute and self.training and past_key_values is None:
-                x = recompute(layer, x, rotary, mask, use_reentrant=False)  # reentrant, it skips frozen inputs
-            else:
-                x = layer(x, rotary, mask, past_key_values)
+        x = self._run(x, Rotary(self.config, position_ids, length), Mask(past, new, allowed), past_key_values)
         if past_key_values is not None:
             past_key_values.length = length
+        return x
+
+    def step(self, input_ids, past, allowed, cache):
+        """What `forward` gives after tokens whose number only the device knows.
+
+        No shape and no Python number depends on it, and nothing waits for the device: a CUDA graph of one call stands
+        for those at other positions, until the cache grows.
+
+        Args:
+            input_ids: int64 [batch, new].
+            past: int64 [1], how many tokens are in the cache.
+            allowed: bool [batch, 1, 1, room of the cache], False at padding; None where there is none.
+            cache: KVCache with room for the new tokens. Its own `length` is neither read nor changed.
+
+        Returns:
+            [batch, new, hidden_size]
+        """
+        batch, new = input_ids.shape
+        length = past.astype("float64") + new
+        rotary = Rotary(self.config, count_positions(allowed, past, new, batch), length)
+        cache = CacheAt(cache, past + paddle.arange(new))
+        return self._run(self.embed_tokens(input_ids), rotary, Mask(past, new, allowed), cache)
+
+    def _run(self, x, rotary, mask, cache):
+        x = x.astype("float32") if x.place.is_cpu_place() else x
+        for layer in self.layers:
+            if self.enable_recompute and self.training and cache is None:
+                x = recompute(layer, x, rotary, mask, use_reentrant=False)  # reentrant, it skips frozen inputs
+            else:
+                x = layer(x, rotary, mask, cache)
         return self.norm(x)
 
 
