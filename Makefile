@@ -85,7 +85,7 @@ demo: venv
 	$(RUN) $(EXAMPLES)/run_generation_inference.py --model_path=emu3-mini --seed=1 --dtype=float32 --output_dir=$(OUT) \
 		--guidance_scale=1.5 --temperature=0.5 --prompt "a large red circle on a white background."
 	$(RUN) $(EXAMPLES)/run_understanding_inference.py --model_path=emu3-mini --dtype=float32 --image_path=$(SCENE) \
-		--question "How many objects are there?" "Please describe the image" "背景是什么颜色？"
+		--question "What colour is the triangle?" "Please describe the image" "背景是什么颜色？"
 	$(RUN) $(EXAMPLES)/autoencode.py --model_path=emu3-mini --image_path=$(PICTURE) --output_dir=$(OUT)
 
 eval: venv

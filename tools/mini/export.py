@@ -34,7 +34,9 @@ KEPT = (  # of transformers' configuration
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
 )  # fmt: skip
-QUESTIONS = ("Please describe the image", "How many objects are there?", "请描述这张图片")
+QUESTIONS = (
+    "Please describe the image", "How many objects are there?", "What colour is the triangle?", "请描述这张图片",
+)  # fmt: skip
 
 
 def in_float16(state):

@@ -7,7 +7,8 @@ cut short goes on from the last.
 
 A code tells mostly of its place, and a little of the whole picture, too little to be seen: a fifth of the codes differ
 between scenes whose places look alike. To draw, the model is taught the commonest code of each kind of place alone;
-pictures made of those read as well. To answer, it sees the codes as they are.
+pictures made of those read as well. To answer, it sees the codes as they are, and a linear map of its middle layer's
+states, dropped afterwards, must name the shape at each code: answers alone never make it look an object up by shape.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from tqdm import tqdm
 from train_vision import autocast, to_tensor
 from transformers import Emu3ForCausalLM, Emu3TextConfig
 from vocabulary import CHAT, NEGATIVE_PROMPT, POSITIVE_PROMPT, write
-from world import BOX, CANVASES, caption, questions, random_scene, render
+from world import BOX, CANVASES, SHAPES, caption, questions, random_scene, render
 
 from paddlemix.models.emu3.image_grammar import ImageGrammar
 
 POSITIONS = 1024
 SHARES = (0.25, 0.5, 0.25)  # of a batch, scenes of one, two and three objects: more are harder
-KINDS = {"colour": 3, "shape": 3, "relation": 3, "describe": 2, "count": 1, "background": 1}  # of questions: how often
+KINDS = {"colour": 4, "shape": 3, "relation": 3, "describe": 2, "count": 1, "background": 1}  # of questions: how often
 TURNS = 4  # questions about one scene: an answer is a token or two, the scene hundreds
 IGNORED = -100
 
@@ -109,6 +110,16 @@ def drawing_row(rng, scene, codes, tokenizer, grammar):
     return ids, [IGNORED] * start + [i if i in visual else IGNORED for i in ids[start:]]
 
 
+def shapes_seen(scene, shape):
+    """The shape at each code of a scene: its number in SHAPES, or len(SHAPES) where there is none; a flat list."""
+    height, width = shape
+    centres = [(8 * column + 4, 8 * row + 4) for row in range(height) for column in range(width)]
+    return [
+        next((SHAPES.index(t.shape) for t in scene.things if max(abs(t.x - x), abs(t.y - y)) <= 12), len(SHAPES))
+        for x, y in centres
+    ]
+
+
 def answering_row(rng, scene, codes, tokenizer, grammar):
     """Ids and labels of up to TURNS questions and their answers; a description, which tells the rest, stands alone."""
     asked = questions(scene, rng.random() < 0.35)
@@ -131,8 +142,11 @@ def answering_row(rng, scene, codes, tokenizer, grammar):
 
 
 def batch(rng, scenes, tokenizer, grammar, drawings, answers):
-    """Ids and labels, int64 [drawings + answers, length], padded on the right. scenes: of one, two, three objects."""
-    rows = []
+    """Ids and labels, int64 [drawings + answers, length], padded on the right, and the shapes at the answers' codes.
+
+    scenes: of one, two, three objects.
+    """
+    rows, seen = [], []
     for i in range(drawings + answers):
         some = scenes[rng.choice(3, p=SHARES)]
         scene, codes, settled_codes = some[rng.integers(len(some))]
@@ -140,30 +154,36 @@ def batch(rng, scenes, tokenizer, grammar, drawings, answers):
             rows.append(drawing_row(rng, scene, settled_codes, tokenizer, grammar))
         else:
             rows.append(answering_row(rng, scene, codes, tokenizer, grammar))
+            seen += shapes_seen(scene, codes.shape)
     width = max(len(ids) for ids, _ in rows)
     ids = torch.full([len(rows), width], grammar.pad)
     labels = torch.full([len(rows), width], IGNORED)
     for i, (row, row_labels) in enumerate(rows):
         ids[i, : len(row)], labels[i, : len(row)] = torch.tensor(row), torch.tensor(row_labels)
-    return ids, labels
+    return ids, labels, torch.tensor(seen)
 
 
-def losses(model, ids, labels, drawings):
-    """Mean cross entropy of the drawings' visual tokens and of the answers' tokens."""
+def losses(model, probe, grammar, ids, labels, seen, drawings):
+    """Mean cross entropy of the drawings' visual tokens, the answers' tokens, and the shapes at the answers' codes."""
     labels, parts = labels[:, 1:], []
     with autocast():
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        output = model.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        hidden = output.last_hidden_state[:, :-1]
         for rows in (slice(None, drawings), slice(drawings, None)):
             counts = labels[rows] != IGNORED
             parts.append(F.cross_entropy(model.lm_head(hidden[rows][counts]).float(), labels[rows][counts]))
+        visual = (ids >= grammar.first_visual) & (ids < grammar.first_visual + grammar.codebook_size)
+        middle = output.hidden_states[len(model.model.layers) // 2][drawings:][visual[drawings:]]
+        parts.append(F.cross_entropy(probe(middle).float(), seen))
     return parts
 
 
-def make_optimizers(model):
+def make_optimizers(model, probe):
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
     muon = torch.optim.Muon(hidden, lr=0.0, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)]
+    adam = [torch.optim.AdamW(some, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0) for some in (rest, probe.parameters())]
+    return [muon, *adam]
 
 
 def prepare(args):
@@ -183,25 +203,32 @@ def train(args):
     torch.manual_seed(args.seed)
     tokenizer, grammar, scenes, held = prepare(args)
     model = Emu3ForCausalLM(text_config(tokenizer, args))
-    optimizers = make_optimizers(model)
-    first = resume(f"{args.out}/language.pt", model, optimizers)["step"]
+    probe = torch.nn.Sequential(torch.nn.RMSNorm(args.hidden), torch.nn.Linear(args.hidden, len(SHAPES) + 1))
+    optimizers = make_optimizers(model, probe)
+    state = resume(f"{args.out}/language.pt", model, optimizers)
+    first = state["step"]
+    if "probe" in state:
+        probe.load_state_dict(state["probe"])
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {sum(map(len, scenes))} scenes")
     test = batch(np.random.default_rng(2), held, tokenizer, grammar, 32, 32)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=5)
     for step in bar:
         rng = np.random.default_rng([args.seed, step])
-        ids, labels = batch(rng, scenes, tokenizer, grammar, args.drawings, args.answers)
-        drawing, answering = losses(model, ids, labels, args.drawings)
+        rows = batch(rng, scenes, tokenizer, grammar, args.drawings, args.answers)
+        drawing, answering, shapes = losses(model, probe, grammar, *rows, args.drawings)
         rate = learning_rate(step, args.steps, args.lr, warmup=100)
-        descend(optimizers, model.parameters(), drawing + answering, rate)
+        descend(optimizers, model.parameters(), drawing + answering + shapes, rate)
         if step % 100 == 99 or step == args.steps - 1:
             with torch.no_grad():
-                new = losses(model, *test, 32)
+                new = losses(model, probe, grammar, *test, 32)
             bar.write(
-                f"step {step + 1}: drawing {float(drawing):.3f}, answering {float(answering):.3f}; "
-                f"held out {float(new[0]):.3f}, {float(new[1]):.3f}"
+                f"step {step + 1}: drawing {float(drawing):.3f}, answering {float(answering):.3f}, shapes "
+                f"{float(shapes):.3f}; held out {float(new[0]):.3f}, {float(new[1]):.3f}, {float(new[2]):.3f}"
             )
-            save_training(f"{args.out}/language.pt", step + 1, model, optimizers, config=model.config.to_dict())
+            save_training(
+                f"{args.out}/language.pt", step + 1, model, optimizers,
+                config=model.config.to_dict(), probe=probe.state_dict(),
+            )  # fmt: skip
 
 
 if __name__ == "__main__":
