@@ -97,6 +97,7 @@ def test_what_it_leaves_to_the_layer(calls):
         "exchanged": exchanged,
         "hook": lambda layer: layer.self_attn.register_forward_post_hook(lambda *_: None),
         "own forward": lambda layer: setattr(layer.mlp, "forward", type(layer.mlp).forward.__get__(layer.mlp)),
+        "one layer of fewer bits": lambda layer: layer.mlp.gate_proj.astype("bfloat16"),
         "training": lambda layer: model.train(),
     }
     for change in changes.values():

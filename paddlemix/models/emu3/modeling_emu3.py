@@ -142,7 +142,7 @@ class Emu3DecoderLayer(nn.Layer):
         norms, linears = self._parts()
         kinds = (Emu3Attention, self.self_attn), (Emu3MLP, self.mlp)
         kinds = *kinds, *((Emu3RMSNorm, part) for part in norms), *((Emu3Linear, part) for part in linears)
-        return all(
+        return len({part.weight.dtype for part in linears}) == 1 and all(
             type(part) is kind
             and not (part._forward_pre_hooks or part._forward_post_hooks or "forward" in part.__dict__)
             for kind, part in kinds
