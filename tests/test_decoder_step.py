@@ -27,7 +27,10 @@ def make_model(dtype="float32", **config):
         else:
             parameter.set_value(rng.integers(*((-127, 128) if dtype == "int8" else (17, 256)), parameter.shape)
                                 .astype(str(parameter.dtype).removeprefix("paddle.")))  # fmt: skip
-    return (model.astype("bfloat16") if dtype == "bfloat16" else model).eval()
+    if dtype == "bfloat16":
+        model.to(dtype="bfloat16")  # astype leaves the weights as they are
+    assert dtype in ("int8", "int4") or {str(p.dtype) for p in model.parameters()} == {f"paddle.{dtype}"}
+    return model.eval()
 
 
 @pytest.fixture
@@ -97,7 +100,7 @@ def test_what_it_leaves_to_the_layer(calls):
         "exchanged": exchanged,
         "hook": lambda layer: layer.self_attn.register_forward_post_hook(lambda *_: None),
         "own forward": lambda layer: setattr(layer.mlp, "forward", type(layer.mlp).forward.__get__(layer.mlp)),
-        "one layer of fewer bits": lambda layer: layer.mlp.gate_proj.astype("bfloat16"),
+        "one layer of fewer bits": lambda layer: layer.mlp.gate_proj.to(dtype="bfloat16"),
         "training": lambda layer: model.train(),
     }
     for change in changes.values():
