@@ -28,8 +28,7 @@ from .configuration_emu3 import Emu3Config
 def linear(x, weight, scale=None):
     """x [..., in] times weight [out, in] -> [..., out]. On a CPU the weight may be of fewer bits than x: bfloat16, or
     int8 or int4 with its scale, as few_rows_linear takes them."""
-    on_cpu, rows = x.place.is_cpu_place() and x.dtype == paddle.float32, math.prod(x.shape[:-1])
-    if on_cpu and (rows <= FEW_ROWS or weight.dtype != x.dtype):
+    if x.place.is_cpu_place() and x.dtype == paddle.float32:
         return few_rows_linear(x, weight, scale)
     return paddle.matmul(x, weight, transpose_y=True)
 
