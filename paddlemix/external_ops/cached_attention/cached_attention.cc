@@ -2,7 +2,7 @@
 // cached_attention: Paddle's side of cached_attention.h.
 #include "cached_attention.h"
 
-#include "paddle/extension.h"
+#include "../dtypes.h"
 
 namespace {
 
@@ -33,19 +33,8 @@ std::vector<Tensor> CachedAttention(const Tensor& query, const Tensor& key, cons
                                           q[3],
                                           length,
                                           k[2]};
-  switch (key.dtype()) {
-    case DataType::FLOAT32:
-      cached_attention::attention<float>(problem);
-      break;
-    case DataType::BFLOAT16:
-      cached_attention::attention<simd::bfloat16>(problem);
-      break;
-    case DataType::FLOAT16:
-      cached_attention::attention<simd::float16>(problem);
-      break;
-    default:
-      PD_THROW("cached_attention takes keys and values of float32, bfloat16 or float16");
-  }
+  with_float(key.dtype(), "the cache of cached_attention",
+             [&](auto type) { cached_attention::attention<decltype(type)>(problem); });
   return {out};
 }
 

@@ -1,8 +1,8 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// decoder_step: Paddle's side of decoder_step.h. __init__.py checks what is given.
+// decoder_step: Paddle's side of decoder_step.h. __init__.py says what is given; it is checked here.
 #include "decoder_step.h"
 
-#include "paddle/extension.h"
+#include "../dtypes.h"
 
 namespace {
 
@@ -13,52 +13,13 @@ using Shape = std::vector<int64_t>;
 
 constexpr size_t NORMS = 2, WEIGHTS = 7;
 
-template <class T>
 decoder_step::Floats widen(const Tensor& x) {
-  decoder_step::Floats wide(x.numel());
-  std::transform(x.data<T>(), x.data<T>() + x.numel(), wide.begin(), [](T value) { return static_cast<float>(value); });
-  return wide;
-}
-
-decoder_step::Floats widen(const Tensor& x) {
-  switch (x.dtype()) {
-    case DataType::FLOAT32:
-      return widen<float>(x);
-    case DataType::BFLOAT16:
-      return widen<paddle::bfloat16>(x);
-    case DataType::FLOAT16:
-      return widen<paddle::float16>(x);
-    default:
-      PD_THROW("decoder_step takes norms of float32, bfloat16 or float16");
-  }
-}
-
-auto linear_of(DataType weights) {
-  switch (weights) {
-    case DataType::FLOAT32:
-      return few_rows_linear::linear<float>;
-    case DataType::BFLOAT16:
-      return few_rows_linear::linear<simd::bfloat16>;
-    case DataType::INT8:
-      return few_rows_linear::linear<int8_t>;
-    case DataType::UINT8:
-      return few_rows_linear::linear<uint8_t>;
-    default:
-      PD_THROW("decoder_step takes weights of float32, bfloat16, int8 or uint8 (4 bits)");
-  }
-}
-
-auto step_of(DataType cache) {
-  switch (cache) {
-    case DataType::FLOAT32:
-      return decoder_step::step<float>;
-    case DataType::BFLOAT16:
-      return decoder_step::step<simd::bfloat16>;
-    case DataType::FLOAT16:
-      return decoder_step::step<simd::float16>;
-    default:
-      PD_THROW("decoder_step takes a cache of float32, bfloat16 or float16");
-  }
+  return with_float(x.dtype(), "a norm of decoder_step", [&](auto type) {
+    const auto* from = static_cast<const decltype(type)*>(x.data());
+    decoder_step::Floats wide(x.numel());
+    std::transform(from, from + wide.size(), wide.begin(), [](auto value) { return simd::widen(value); });
+    return wide;
+  });
 }
 
 bool is_float(const Tensor& x, const Shape& shape) {
@@ -101,32 +62,36 @@ Tensors DecoderStep(const Tensor& x, const Tensors& norms, const Tensors& weight
   PD_CHECK(norms[0].numel() == hidden && norms[1].numel() == hidden, "norms must be [hidden]");
   PD_CHECK(kept > 0 && attended > 0 && attended % kept == 0, "query heads must be a multiple of the cache's");
   Tensor y = paddle::empty(shape, DataType::FLOAT32, x.place());
-  step_of(key.dtype())({linear_of(weights[0].dtype()),
-                        x.data<float>(),
-                        input_norm.data(),
-                        post_norm.data(),
-                        weight(0, hidden, attended),
-                        weight(1, hidden, kept),
-                        weight(2, hidden, kept),
-                        weight(3, attended, hidden),
-                        weight(4, hidden, inner),
-                        weight(5, hidden, inner),
-                        weight(6, inner, hidden),
-                        cosine.data<float>(),
-                        sine.data<float>(),
-                        const_cast<void*>(key.data()),
-                        const_cast<void*>(value.data()),
-                        allowed ? allowed->data<bool>() : nullptr,
-                        y.data<float>(),
-                        shape[0],
-                        shape[1],
-                        attended / cache[3],
-                        cache[1],
-                        cache[3],
-                        angles,
-                        length,
-                        cache[2],
-                        epsilon});
+  const auto linear =
+      with_weight(weights[0].dtype(), [](auto type) { return &few_rows_linear::linear<decltype(type)>; });
+  const auto step = with_float(key.dtype(), "the cache of decoder_step",
+                               [](auto type) { return &decoder_step::step<decltype(type)>; });
+  step({linear,
+        x.data<float>(),
+        input_norm.data(),
+        post_norm.data(),
+        weight(0, hidden, attended),
+        weight(1, hidden, kept),
+        weight(2, hidden, kept),
+        weight(3, attended, hidden),
+        weight(4, hidden, inner),
+        weight(5, hidden, inner),
+        weight(6, inner, hidden),
+        cosine.data<float>(),
+        sine.data<float>(),
+        const_cast<void*>(key.data()),
+        const_cast<void*>(value.data()),
+        allowed ? allowed->data<bool>() : nullptr,
+        y.data<float>(),
+        shape[0],
+        shape[1],
+        attended / cache[3],
+        cache[1],
+        cache[3],
+        angles,
+        length,
+        cache[2],
+        epsilon});
   return {y};
 }
 

@@ -2,7 +2,7 @@
 // few_rows_linear, quantize_weight: Paddle's side of few_rows_linear.h. __init__.py checks what is given.
 #include "few_rows_linear.h"
 
-#include "paddle/extension.h"
+#include "../dtypes.h"
 
 namespace {
 
@@ -21,22 +21,7 @@ std::vector<Tensor> FewRowsLinear(const Tensor& x, const Tensor& weight, const p
                                          in ? x.numel() / in : 0,
                                          in,
                                          out};
-  switch (weight.dtype()) {
-    case DataType::FLOAT32:
-      few_rows_linear::linear<float>(problem);
-      break;
-    case DataType::BFLOAT16:
-      few_rows_linear::linear<simd::bfloat16>(problem);
-      break;
-    case DataType::INT8:
-      few_rows_linear::linear<int8_t>(problem);
-      break;
-    case DataType::UINT8:
-      few_rows_linear::linear<uint8_t>(problem);
-      break;
-    default:
-      PD_THROW("few_rows_linear takes weights of float32, bfloat16, int8 or uint8 (4 bits)");
-  }
+  with_weight(weight.dtype(), [&](auto type) { few_rows_linear::linear<decltype(type)>(problem); });
   return {y};
 }
 
@@ -48,19 +33,9 @@ std::vector<Tensor> QuantizeWeight(const Tensor& weight, int bits) {
                            : paddle::empty({out, groups * few_rows_linear::GROUP / 2}, DataType::UINT8, place);
   Tensor scale = bits == 8 ? paddle::empty({out}, DataType::FLOAT32, place)
                            : paddle::empty({out, groups}, DataType::FLOAT32, place);
-  switch (weight.dtype()) {
-    case DataType::FLOAT32:
-      few_rows_linear::quantize<float>(weight.data(), out, in, bits, codes.data(), scale.data<float>());
-      break;
-    case DataType::BFLOAT16:
-      few_rows_linear::quantize<simd::bfloat16>(weight.data(), out, in, bits, codes.data(), scale.data<float>());
-      break;
-    case DataType::FLOAT16:
-      few_rows_linear::quantize<simd::float16>(weight.data(), out, in, bits, codes.data(), scale.data<float>());
-      break;
-    default:
-      PD_THROW("quantize_weight takes float32, bfloat16 or float16");
-  }
+  with_float(weight.dtype(), "quantize_weight", [&](auto type) {
+    few_rows_linear::quantize<decltype(type)>(weight.data(), out, in, bits, codes.data(), scale.data<float>());
+  });
   return {codes, scale};
 }
 

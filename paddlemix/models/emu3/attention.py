@@ -2,6 +2,7 @@
 """Attention: the cache, rotary positions, masks, and the one function that attends."""
 
 import math
+from functools import cached_property
 
 import paddle
 import paddle.nn.functional as F
@@ -140,6 +141,7 @@ class Mask:
         self.by_query = allowed is not None and allowed.shape[2] > 1
         self._full = None
 
+    @cached_property
     def padding(self):
         """bool [batch, past + new], where the mask is the same for every query; None where nothing is masked."""
         return None if self.allowed is None else self.allowed.flatten(1)
@@ -189,7 +191,7 @@ def attend(query, key, value, mask, dropout=0.0):
         return out.reshape([batch, new, heads * head_dim])
 
     if _has_cached_attention(query, key, value, mask, dropout):
-        return cached_attention(query, key, value, mask.past + new, mask.padding())
+        return cached_attention(query, key, value, mask.past + new, mask.padding)
 
     # queries that share a key head stand side by side, so that a key is read once for all of them
     query = (query / math.sqrt(head_dim)).reshape([batch, new, kv_heads, heads // kv_heads, head_dim])

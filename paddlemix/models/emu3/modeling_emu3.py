@@ -154,7 +154,7 @@ class Emu3DecoderLayer(nn.Layer):
             x, [part.weight for part in norms], [part.weight for part in linears],
             None if linears[0].weight_scale is None else [part.weight_scale for part in linears],
             rotary.cos, rotary.sin, cache.keys[layer], cache.values[layer], mask.past + mask.new, norms[0].eps,
-            mask.padding(),
+            mask.padding,
         )  # fmt: skip
 
 
