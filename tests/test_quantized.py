@@ -335,12 +335,6 @@ def test_not_finite(tmp_path, bad, stored):
     refuse(tmp_path, "int4", "model.layers.1.mlp.up_proj.weight", "NaN or infinity")
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_not_made_for_a_card(language_dir, monkeypatch, dtype):
-    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
-    refuse(language_dir, dtype, dtype, "take bfloat16, or --device=cpu")
-
-
 def test_memory_of_the_released_model(tmp_path, monkeypatch):
     """int8 takes a byte a weight and 4 an output, int4 half a byte and 4 a group of 128 weights; the rest 2 bytes."""
     Emu3Config().save_pretrained(tmp_path)

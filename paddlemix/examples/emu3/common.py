@@ -33,7 +33,7 @@ def add_dtype(parser):
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16", "int8", "int4"],
-        help="of the language model: int8 and int4 quantize its linear layers while they are read, on a CPU "
+        help="of the language model: int8 and int4 quantize its linear layers while they are read "
         "(default: bfloat16; of a quantized checkpoint, its own)",
     )
 

@@ -331,9 +331,9 @@ class CheckpointMixin:
             name_or_path: a directory, a hub name (fetched into huggingface_hub's cache; HF_ENDPOINT and
                 HF_HUB_OFFLINE are honoured), or "emu3-mini".
             dtype: "float32", "float16" or "bfloat16": what the weights are cast to while they are read; or, of a
-                language model on a CPU, "int8" or "int4": what its linear layers are quantized to, while they are
-                read (a float32 embedding becomes bfloat16, the norms stay). None is float32, and for a checkpoint
-                that is quantized what it holds.
+                language model, "int8" or "int4": what its linear layers are quantized to, while they are read (a
+                float32 embedding becomes bfloat16, the norms stay). None is float32, and for a checkpoint that is
+                quantized what it holds.
             config: a configuration in place of the checkpoint's.
             progress: show a progress bar (on a terminal).
             overrides: configuration values in place of the checkpoint's.
@@ -355,8 +355,6 @@ class CheckpointMixin:
         if quantized and dtype not in (None, quantized):
             raise InputError(f"{name_or_path} is {quantized}, it cannot become {dtype}: take what it was made from")
         dtype = quantized or dtype or "float32"
-        if dtype in QUANTIZATIONS and paddle.get_device() != "cpu":
-            raise InputError(f"{dtype} is made for a CPU: on a GPU take bfloat16, or --device=cpu")
         with paddle.LazyGuard():  # no weight is made before the checkpoint's own takes its place
             model = cls(config)
             in_files = state = model._checkpoint_state()
@@ -383,13 +381,25 @@ class CheckpointMixin:
         finally:
             for file in set(weights.values()):
                 file.close()
+        if dtype in QUANTIZATIONS and paddle.get_device() != "cpu":
+            from .weight_only import use_weight_only_kernels
+
+            del in_files, state  # each layer's first weights go when it has its new ones
+            use_weight_only_kernels(model)
         return model.eval()
 
     def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
         """Write config.json and safetensors in the released layout, in shards where they are larger than given.
 
         The original's own loader and transformers-style tools read the result.
+
+        Raises:
+            InputError: the model is int8 or int4 and on a GPU, where its weights lie as the kernels there want them.
         """
+        import paddle
+
+        if (dtype := self.config.quantized_dtype) and paddle.get_device() != "cpu":
+            raise InputError(f"{dtype} weights are not saved from a GPU: load and save them on a CPU")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         state = self._checkpoint_state()

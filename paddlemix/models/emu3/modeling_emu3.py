@@ -37,11 +37,13 @@ class Emu3Linear(nn.Layer):
     """A linear layer without bias whose weight is [out, in], as in the checkpoint.
 
     Where config.quantization_config says so, it is int8 with a scale for each output, or int4 with a scale for each
-    output and group of inputs, two in a byte (few_rows_linear tells the order).
+    output and group of inputs, two in a byte (few_rows_linear tells the order). On a GPU from_pretrained puts a
+    WeightOnlyLinear in its place then.
     """
 
     def __init__(self, config, in_features, out_features):
         super().__init__()
+        self.in_features = in_features
         dtype, shape, scales, self.weight_scale = "float32", [out_features, in_features], None, None
         if config.quantized_dtype == "int8":
             dtype, scales = "int8", [out_features]
