@@ -13,7 +13,7 @@ import paddle
 
 OPERATORS = (
     "fused_rms_norm", "fused_ln", "nearest_codeword", "few_rows_linear", "quantize_weight", "cached_attention",
-    "decoder_step",
+    "decoder_step", "winograd_conv",
 )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The vision tokenizer's 2-D layers by oneDNN: what Encoder.encode_frames and Decoder.decode_frames compute.
 
-Several times as fast on a CPU as Paddle's eager operators, at little more memory than the weights. It is the same
-network, function by function as the layers of modeling_emu3visionvq.py, on arrays with the channels last,
-[1, H, W, C], one frame after another.
+Several times as fast on a CPU as Paddle's eager operators, at little more memory than the weights; with the compiled
+operators, whose 3 x 3 convolutions take fewer products, twice as fast again. It is the same network, function by
+function as the layers of modeling_emu3visionvq.py, on arrays with the channels last, [1, H, W, C], one frame after
+another.
 """
 
 import math
@@ -11,6 +12,8 @@ import math
 import numpy as np
 import paddle
 from paddle import nn
+
+from paddlemix.external_ops import winograd
 
 from . import onednn
 
@@ -83,9 +86,12 @@ def _decode(decoder, z, zq):
 def _upsample(conv, x):
     """A 3x3 convolution after doubling every pixel sees each pixel twice or thrice: with those weights added up it is
     a 2x2 convolution for each of the 4 places in a doubled pixel, and 4/9 of the arithmetic."""
-    _, height, width, channels = x.shape
-    w = np.ascontiguousarray(conv.weight.numpy().transpose(2, 3, 0, 1))
+    _, height, width, _ = x.shape
     out = np.empty([1, 2 * height, 2 * width, len(conv.bias)], np.float32)
+    if winograd.takes(conv.weight):
+        winograd.winograd_conv(x[0], conv.weight, conv.bias, out[0], doubled=True)
+        return out
+    w = np.ascontiguousarray(conv.weight.numpy().transpose(2, 3, 0, 1))
     for i, rows in enumerate(_pairs(w)):
         for j, weight in enumerate(_pairs(rows.swapaxes(0, 1))):
             pixels = onednn.conv2d(x, weight.transpose(2, 3, 1, 0), conv.bias, padding=(1, 1))
@@ -144,7 +150,11 @@ def _norm(norm, x, zq=None, silu=False):
     return h
 
 
-def _conv(conv, x, stride=1, padding=None, **then):
+def _conv(conv, x, stride=1, padding=None, add_to=None, **then):
+    if stride == 1 and not then and winograd.takes(conv.weight):
+        out = np.empty([*x.shape[:3], len(conv.bias)], np.float32) if add_to is None else add_to
+        winograd.winograd_conv(x[0], conv.weight, conv.bias, out[0], add=add_to is not None)
+        return out
     if padding is None:
         padding = [conv.weight.shape[-1] // 2] * 2  # the size stays
-    return onednn.conv2d(x, conv.weight, conv.bias, stride, padding, **then)
+    return onednn.conv2d(x, conv.weight, conv.bias, stride, padding, add_to, **then)

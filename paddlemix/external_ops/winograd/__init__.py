@@ -1,0 +1,28 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""3 x 3 convolutions on a CPU with 4 of 9 products, by Winograd's minimal filtering. Made for the vision tokenizer,
+whose pictures lie with the channels last; where the operator is missing, oneDNN computes the same by the definition."""
+
+from paddle.utils.dlpack import from_dlpack
+
+from .. import operators
+
+INPUTS, OUTPUTS = 16, 64  # the channels before and after are multiples of these
+
+
+def takes(weight):
+    """Whether the compiled operator is there, and computes with this weight [out, in, k, k]."""
+    out, channels, *size = weight.shape
+    return size == [3, 3] and channels % INPUTS == 0 and out % OUTPUTS == 0 and operators() is not None
+
+
+def winograd_conv(x, weight, bias, out, add=False, doubled=False):
+    """Convolve pictures, padded by one zero on each side.
+
+    Args:
+        x: float32 array [height, width, in].
+        weight, bias: float32 tensors [out, in, 3, 3] and [out].
+        out: float32 array [height, width, out], which the result is written into.
+        add: it is added to what is there.
+        doubled: every pixel of x is doubled in both directions first: `out` is of twice the height and width.
+    """
+    operators().winograd_conv(from_dlpack(x), weight, bias, from_dlpack(out), doubled, add)
