@@ -13,7 +13,7 @@ import paddle
 
 OPERATORS = (
     "fused_rms_norm", "fused_ln", "nearest_codeword", "few_rows_linear", "quantize_weight", "cached_attention",
-    "decoder_step", "winograd_conv",
+    "decoder_step", "winograd_conv", "spatial_norm",
 )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ libraries = Path(paddle.__file__).parent / "libs"
 openmp = [f"-L{libraries}", "-l:libiomp5.so"] if (libraries / "libiomp5.so").exists() else ["-fopenmp"]
 
 flags = ["-O3", "-std=c++17"]
+only_cxx = ["-fopenmp", "-fno-trapping-math"]  # the latter lets the compiler make vectors of a choice between floats
 extension = CUDAExtension if cuda else CppExtension
 setup(
     name="emu3_ops",
@@ -61,7 +62,7 @@ setup(
         ),
         depends=[str(path) for kind in ("h", "cuh") for path in Path().rglob(f"*.{kind}")],
         include_dirs=[os.getcwd()],
-        extra_compile_args={"cxx": [*flags, "-fopenmp"], "nvcc": flags},
+        extra_compile_args={"cxx": [*flags, *only_cxx], "nvcc": flags},
         extra_link_args=openmp,
     ),
 )

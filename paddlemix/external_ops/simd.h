@@ -4,6 +4,8 @@
 // Kernels are written once, in a file that is included for each of the three: `simd_each.h` does that.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -62,6 +64,20 @@ inline __attribute__((always_inline)) float widen(float16 x) {
   const uint32_t large = bits << 13 | 0x7f800000;              // infinity and NaN
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   return bit_cast<float>((bits >= 0x7c00 ? large : bit_cast<uint32_t>(small)) | sign);
+}
+
+// e^x for x <= 88; less than 1e-37 for what is very negative.
+inline __attribute__((always_inline)) float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float n = (x * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;  // to the nearest integer
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float y = ((r / 5040 + 1.0f / 720) * r + 1.0f / 120) * r + 1.0f / 24;  // a loop over these would stay scalar
+  y = (((y * r + 1.0f / 6) * r + 0.5f) * r + 1) * r + 1;
+  return y * bit_cast<float>(((int32_t)n + 127) << 23);
+}
+
+inline __attribute__((always_inline)) float sigmoid(float x) {
+  return 1.0f / (1.0f + exponential(x < -87.0f ? 87.0f : -x));
 }
 
 // A function for each number of rows from 1 to MOST: of[rows].

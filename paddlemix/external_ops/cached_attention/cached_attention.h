@@ -36,16 +36,6 @@ struct State {
   State(int64_t queries, int64_t width) : width(width), largest(queries, HIDDEN), total(queries), sums(queries * width) {}
 };
 
-// e^x for x <= 0; 0 or less than 1e-37 for what is very negative.
-inline __attribute__((always_inline)) float exponential(float x) {
-  x = std::max(x, -87.0f);
-  const float n = (x * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;  // to the nearest integer
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float y = 1.0f / 5040;
-  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + c;
-  return y * simd::bit_cast<float>(((int32_t)n + 127) << 23);
-}
-
 }  // namespace cached_attention
 
 #define SIMD_KERNELS "cached_attention/kernels.h"
@@ -78,7 +68,7 @@ void attention(const Problem& p) {
       float* out = p.out + (row * p.heads + head % p.kv_heads * p.group() + q / p.news) * p.dim;
       std::fill(out, out + p.dim, 0.0f);
       for (int64_t i = 0; i < pieces; ++i) {
-        const float share = exponential(state[i].largest[q] - largest);
+        const float share = simd::exponential(state[i].largest[q] - largest);
         total += share * state[i].total[q];
         for (int64_t j = 0; j < p.dim; ++j) out[j] += share * state[i].sums[q * width + j];
       }

@@ -48,11 +48,11 @@ SIMD_TARGET inline void weigh(float* scores, float& largest, float& total, float
   for (int j = 0; j < BLOCK; j += WIDTH) top = max(top, load(scores + j));
   store(lanes, top);
   const float most = *std::max_element(lanes, lanes + WIDTH);
-  for (int j = 0; j < BLOCK; ++j) scores[j] = exponential(scores[j] - most);
+  for (int j = 0; j < BLOCK; ++j) scores[j] = simd::exponential(scores[j] - most);
   for (int j = 0; j < BLOCK; j += WIDTH) weights = fma(load(scores + j), fill(1), weights);
   store(lanes, weights);
   for (float lane : lanes) sum += lane;
-  const float before = exponential(largest - most);
+  const float before = simd::exponential(largest - most);
   total = total * before + sum;
   if (before != 1)
     for (int64_t i = 0; i < width; ++i) sums[i] *= before;

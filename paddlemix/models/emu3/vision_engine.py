@@ -13,7 +13,8 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from paddlemix.external_ops import winograd
+from paddlemix.external_ops import operators, winograd
+from paddlemix.external_ops.spatial_norm import spatial_norm
 
 from . import onednn
 
@@ -137,6 +138,11 @@ def _attention(attn, x, zq):
 
 
 def _norm(norm, x, zq=None, silu=False):
+    if operators() is not None:
+        latent = ()
+        if zq is not None:  # 1 x 1 convolutions of the latent, before each of its places becomes many pixels
+            latent, norm = (_conv(norm.conv_y, zq)[0], _conv(norm.conv_b, zq)[0]), norm.norm_layer
+        return spatial_norm(x[0], norm.weight, norm.bias, norm._num_groups, norm._epsilon, *latent, silu=silu)[None]
     if zq is None:
         return onednn.group_norm(x, norm.weight, norm.bias, norm._num_groups, norm._epsilon, silu)
     h = _norm(norm.norm_layer, x)

@@ -1,0 +1,25 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The vision tokenizer's norm of pictures with the channels last, on a CPU, in one pass after that for its moments."""
+
+import numpy as np
+from paddle.utils.dlpack import from_dlpack
+
+from .. import operators
+
+
+def spatial_norm(x, weight, bias, groups, epsilon, scale=None, shift=None, silu=False):
+    """Group norm, times `scale` plus `shift` where they are given; of that x * sigmoid(x) with `silu`. The compiled
+    operator is needed.
+
+    Args:
+        x: float32 array [height, width, channels].
+        weight, bias: of the group norm, float32 tensors [channels].
+        scale, shift: float32 arrays [height / n, width / n, channels], each of whose places is one for n x n pixels.
+
+    Returns:
+        float32 array, as x.
+    """
+    out = np.empty_like(x)
+    latent = [None if array is None else from_dlpack(array) for array in (scale, shift)]
+    operators().spatial_norm(from_dlpack(x), weight, bias, *latent, from_dlpack(out), groups, epsilon, silu)
+    return out
