@@ -1,5 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The vision tokenizer's 2-D layers by oneDNN against the eager layers. The golden tests run through them as well."""
+"""The vision tokenizer's 2-D layers by oneDNN and the compiled operators against the eager layers.
+
+The golden tests run through them as well.
+"""
 
 import os
 import subprocess
@@ -10,6 +13,8 @@ import paddle
 import pytest
 from conftest import golden, relative_error
 
+from paddlemix import external_ops
+from paddlemix.external_ops import winograd
 from paddlemix.models.emu3 import Emu3VisionVQConfig, Emu3VisionVQModel, onednn, vision_engine
 from paddlemix.utils import available_cores
 
@@ -27,6 +32,15 @@ pytestmark = pytest.mark.skipif(onednn.load() is None, reason="this Paddle bring
 def no_gradients():
     with paddle.no_grad():
         yield
+
+
+@pytest.fixture(params=["compiled operators", "oneDNN alone"], autouse=True)
+def operators(request, monkeypatch):
+    if request.param == "oneDNN alone":
+        for module in (vision_engine, winograd):
+            monkeypatch.setattr(module, "operators", lambda: None)
+    elif external_ops.operators() is None:
+        pytest.skip("the operators are not built: make ops")
 
 
 @pytest.fixture
