@@ -171,8 +171,9 @@ SECTIONS = (
         """\
 First call: for ours as runs of `autoencode.py` tell it (median of two), for transformers the first call in its process;
 loading is not in it. The limit: the operations of one frame at the best rate measured for a float32 matrix product or
-convolution; of those that follow a doubling, 4 of 9 products. Ours takes 4 of 9 of the products of most other 3 x 3
-convolutions, too (Winograd's filtering), so that it may go beyond this limit. transformers computes four equal frames.""",
+convolution; of those that follow a doubling, 4 of 9 products. Ours takes 4 of 9 products of most other 3 x 3
+convolutions, too (Winograd's filtering), so that it may go beyond this limit. transformers computes four equal
+frames.""",
     ),
     (
         "Drawing with guidance: hidden 1024 x 8 layers over the real vocabulary",

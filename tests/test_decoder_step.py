@@ -7,8 +7,10 @@ import pytest
 from conftest import relative_error
 
 from paddlemix.external_ops import operators
+from paddlemix.external_ops.decoder_step import decoder_step
 from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, modeling_emu3
 from paddlemix.models.emu3.attention import KVCache
+from paddlemix.utils import InputError
 
 pytestmark = pytest.mark.skipif(operators() is None, reason="the operators are not built: make ops")
 SIZES = {"hidden_size": 96, "intermediate_size": 200, "num_attention_heads": 6, "num_key_value_heads": 2}
@@ -93,6 +95,10 @@ def test_what_it_leaves_to_the_layer(calls):
         def forward(self, x, rows=None):
             return 2 * super().forward(x, rows)
 
+    class Zeros(paddle.nn.Layer):
+        def forward(self, x):
+            return paddle.zeros_like(x)
+
     def exchanged(layer):
         layer.mlp.up_proj = Doubled(model.config, 96, 200)
 
@@ -101,6 +107,10 @@ def test_what_it_leaves_to_the_layer(calls):
         "hook": lambda layer: layer.self_attn.register_forward_post_hook(lambda *_: None),
         "own forward": lambda layer: setattr(layer.mlp, "forward", type(layer.mlp).forward.__get__(layer.mlp)),
         "one layer of fewer bits": lambda layer: layer.mlp.gate_proj.to(dtype="bfloat16"),
+        "of other parts": lambda layer: setattr(layer, "mlp", Zeros()),
+        "another epsilon": lambda layer: setattr(layer.input_layernorm, "eps", 1e-2),
+        "float64": lambda layer: layer.input_layernorm.to(dtype="float64"),
+        "attention in training": lambda layer: layer.self_attn.train(),
         "training": lambda layer: model.train(),
     }
     for change in changes.values():
@@ -116,6 +126,27 @@ def test_what_it_leaves_to_the_layer(calls):
     hidden = model.model(paddle.to_tensor([[1, 2]]), past_key_values=cache)
     hidden = model.model(paddle.to_tensor([[3]]), past_key_values=cache)
     assert not hidden.stop_gradient and not calls
+
+
+@pytest.mark.parametrize("view", [lambda x: x[1:], lambda x: x[:, :, :20]], ids=["rows", "room"])
+def test_a_cache_made_of_views(view):
+    """The operator writes into the cache, which it could not through a copy that Paddle makes of a view."""
+    model, cache = make_model(), None
+    ids = paddle.to_tensor(np.random.default_rng(0).integers(1, 50, [3, 9]))
+    cache = KVCache(model.config, 3, 40, "float32")
+    with paddle.no_grad():
+        model.model(ids[:, :5], past_key_values=cache)
+        cache = cache.map(view)
+        ids = ids[-cache.keys[0].shape[0] :]
+        for i in range(5, 9):
+            hidden = model.model(ids[:, i : i + 1], past_key_values=cache)
+        assert relative_error(hidden.numpy(), model.model(ids)[:, -1:].numpy()) < 1e-5
+    layer = model.model.layers[0]
+    norms, linears = layer._parts()
+    weights = [part.weight for part in norms], [part.weight for part in linears]
+    key = paddle.zeros([3, 2, 8, 16])[:, :, ::2]
+    with pytest.raises(InputError, match="contiguous"):
+        decoder_step(paddle.ones([3, 1, 96]), *weights, None, *[paddle.ones([1, 1, 1, 16])] * 2, key, key, 3, 1e-5)
 
 
 def test_the_operator_alone_refuses():
@@ -136,6 +167,11 @@ def test_the_operator_alone_refuses():
         "scales": [paddle.ones([96])] * 7, "cosine": paddle.ones([1, 2, 1, 16]), "sine": paddle.ones([16]),
         "key": paddle.zeros([2, 2, 9, 16]), "allowed": paddle.ones([2, 3]), "length": 9,
     }  # fmt: skip
+    odd = {"key": paddle.zeros([2, 2, 8, 15]), "value": paddle.zeros([2, 2, 8, 15])}
+    empty = {"x": paddle.ones([0, 1, 96]), "key": paddle.zeros([0, 2, 8, 16]), "value": paddle.zeros([0, 2, 8, 16])}
+    for changes in (odd, empty, {"x": None}, {"key": None}, {"cosine": paddle.ones([])}):
+        with pytest.raises(Exception, match="decoder_step|must"):
+            given(**changes)
     for name, value in wrong.items():
         with pytest.raises(Exception, match="decoder_step|must be|have scales"):
             given(**{name: value})

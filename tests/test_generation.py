@@ -294,3 +294,10 @@ def test_eos_criteria():
     assert stop(paddle.to_tensor([[1, 202], [202, 200]]), None) is True
     assert stop(paddle.to_tensor([[1, 202], [1, 5]]), None) is False
     assert EosTokenCriteria(202)(paddle.to_tensor([[202]]), None) is True
+
+
+def test_gradients_are_the_callers_between_the_tokens_of_an_answer(language_model):
+    answers = [generate_text(language_model, [[5, 6, 7]], 3) for _ in range(2)]
+    for _ in zip(*answers):
+        assert paddle.is_grad_enabled()
+    assert paddle.is_grad_enabled()

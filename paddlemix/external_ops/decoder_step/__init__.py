@@ -2,6 +2,8 @@
 """A decoder layer for few new tokens over the cache, on a CPU, in one call: a step of many small operators spends as
 long between them as in reading the weights of a small model. The model computes the same with the others."""
 
+from paddlemix.utils import InputError
+
 from .. import operators
 
 
@@ -20,4 +22,6 @@ def decoder_step(x, norms, weights, scales, cosine, sine, key, value, length, ep
     Returns:
         float32 [B, new, hidden]
     """
+    if not (key.is_contiguous() and value.is_contiguous()):
+        raise InputError("decoder_step writes into the cache, whose keys and values must be contiguous: views are not")
     return operators().decoder_step(x, norms, weights, scales, cosine, sine, key, value, allowed, length, epsilon)

@@ -33,10 +33,18 @@ Tensors DecoderStep(const Tensor& x, const Tensors& norms, const Tensors& weight
                     double epsilon) {
   PD_CHECK(norms.size() == NORMS && weights.size() == WEIGHTS && (!scales || scales->size() == WEIGHTS),
            "decoder_step takes two norms, seven weights and as many scales or none");
+  const auto is_given = [](const Tensor& t) { return t.initialized() && t.numel() > 0; };
+  PD_CHECK(is_given(x) && is_given(cosine) && is_given(sine) && is_given(key) && is_given(value) &&
+               std::all_of(norms.begin(), norms.end(), is_given) && std::all_of(weights.begin(), weights.end(), is_given),
+           "a tensor of decoder_step is missing or empty");
   const auto shape = x.shape(), cache = key.shape();
   PD_CHECK(shape.size() == 3 && is_float(x, shape), "x must be float32 [B, new, hidden]");
-  PD_CHECK(cache.size() == 4 && value.shape() == cache && value.dtype() == key.dtype() && cache[0] == shape[0],
-           "key and value must be [B, kv, room, D] of one dtype");
+  PD_CHECK(cosine.shape().size() == 4 && weights[0].shape().size() == 2 && weights[1].shape().size() == 2 &&
+               weights[4].shape().size() == 2,
+           "cosine must have four axes and a weight two");
+  PD_CHECK(cache.size() == 4 && cache[3] % 2 == 0 && value.shape() == cache && value.dtype() == key.dtype() &&
+               cache[0] == shape[0],
+           "key and value must be [B, kv, room, D] of one dtype, D even");
   PD_CHECK(0 < shape[1] && shape[1] <= length && length <= cache[2], "length must be of the new tokens to the room");
   PD_CHECK(!allowed || (allowed->dtype() == DataType::BOOL && allowed->shape() == Shape({shape[0], length})),
            "allowed must be bool [B, length]");

@@ -4,6 +4,8 @@ whose pictures lie with the channels last; where the operator is missing, oneDNN
 
 from paddle.utils.dlpack import from_dlpack
 
+from paddlemix.utils import InputError
+
 from .. import operators
 
 INPUTS, OUTPUTS = 16, 64  # the channels before and after are multiples of these
@@ -24,5 +26,10 @@ def winograd_conv(x, weight, bias, out, add=False, doubled=False):
         out: float32 array [height, width, out], which the result is written into.
         add: it is added to what is there.
         doubled: every pixel of x is doubled in both directions first: `out` is of twice the height and width.
+
+    Raises:
+        InputError: `out` is not contiguous.
     """
+    if not out.flags.c_contiguous:
+        raise InputError("winograd_conv writes into `out`, which must be contiguous")
     operators().winograd_conv(from_dlpack(x), weight, bias, from_dlpack(out), doubled, add)

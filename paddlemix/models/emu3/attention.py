@@ -66,9 +66,9 @@ class KVCache:
         return other
 
     def map(self, function):
-        """A cache of the tensors that `function` makes of this one's."""
+        """A cache of the tensors that `function` makes of this one's; where they are views, of copies."""
         other = object.__new__(KVCache)
-        other.keys, other.values = [function(k) for k in self.keys], [function(v) for v in self.values]
+        other.keys, other.values = ([function(x).contiguous() for x in xs] for xs in (self.keys, self.values))
         other.length, other.max_length = self.length, self.max_length
         return other
 

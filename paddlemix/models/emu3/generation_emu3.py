@@ -317,7 +317,6 @@ def _check_prompts(prompts, sizes, negative_prompts, grammar):
         raise InputError(f"a picture has at least one row and one column of tokens, got {list(sizes)}")
 
 
-@paddle.no_grad()
 def generate_text(model, prompts, max_new_tokens=1024):
     """Greedy answers, token by token: yields after each step the new ids, None for rows that have ended.
 
@@ -339,7 +338,8 @@ def generate_text(model, prompts, max_new_tokens=1024):
     decoder = _Decoder(model, cache, attention_mask, lambda hidden, _: model.lm_head(hidden).argmax(axis=-1))
     ended = np.zeros(len(prompts), dtype=bool)
     for _ in range(max_new_tokens):
-        input_ids = decoder(input_ids)
+        with paddle.no_grad():  # not across a yield: what the caller does there is the caller's
+            input_ids = decoder(input_ids)
         picked = input_ids[:, 0].numpy()
         ended |= picked == config.eos_token_id
         yield [None if end else int(token) for token, end in zip(picked, ended, strict=True)]

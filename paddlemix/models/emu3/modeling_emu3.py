@@ -140,13 +140,13 @@ class Emu3DecoderLayer(nn.Layer):
         on_cpu = x.dtype == paddle.float32 and x.place.is_cpu_place() and operators() is not None
         if not few or not on_cpu or mask.by_query or paddle.is_grad_enabled() or self.training:
             return False
+        if not (_is_plain(self.self_attn, Emu3Attention) and _is_plain(self.mlp, Emu3MLP)):
+            return False
         norms, linears = self._parts()
-        kinds = (Emu3Attention, self.self_attn), (Emu3MLP, self.mlp)
-        kinds = *kinds, *((Emu3RMSNorm, part) for part in norms), *((Emu3Linear, part) for part in linears)
-        return len({part.weight.dtype for part in linears}) == 1 and all(
-            type(part) is kind
-            and not (part._forward_pre_hooks or part._forward_post_hooks or "forward" in part.__dict__)
-            for kind, part in kinds
+        return (
+            all(_is_plain(part, Emu3RMSNorm) and part.weight.dtype != paddle.float64 for part in norms)
+            and all(_is_plain(part, Emu3Linear) for part in linears)
+            and len({part.weight.dtype for part in linears}) == len({part.eps for part in norms}) == 1
         )
 
     def _decoder_step(self, x, rotary, mask, cache):
@@ -158,6 +158,12 @@ class Emu3DecoderLayer(nn.Layer):
             rotary.cos, rotary.sin, cache.keys[layer], cache.values[layer], mask.past + mask.new, norms[0].eps,
             mask.padding,
         )  # fmt: skip
+
+
+def _is_plain(layer, kind):
+    """Of this very class, not in training, and nothing hooked in."""
+    hooked = layer._forward_pre_hooks or layer._forward_post_hooks or "forward" in layer.__dict__
+    return type(layer) is kind and not layer.training and not hooked
 
 
 class Emu3Model(CheckpointMixin, nn.Layer):
