@@ -97,9 +97,9 @@ eval: venv
 	@touch $@
 
 mini: .venv-mini/ready
-	$(MINI_PYTHON) $(MINI)/train_vision.py --out $(MINI_RUN)
-	$(MINI_PYTHON) $(MINI)/train_language.py --out $(MINI_RUN)
-	$(MINI_PYTHON) $(MINI)/export.py --out $(MINI_RUN)
+	$(MINI_PYTHON) $(MINI)/train_vision.py --out "$(MINI_RUN)"
+	$(MINI_PYTHON) $(MINI)/train_language.py --out "$(MINI_RUN)"
+	$(MINI_PYTHON) $(MINI)/export.py --out "$(MINI_RUN)"
 
 lint: venv
 	$(RUN) -m ruff check .

@@ -1,8 +1,10 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """What the training programs share: checkpoints to go on from, a step of training, the learning rate's course."""
 
+import hashlib
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -21,20 +23,35 @@ def load(path):
     return torch.load(path, weights_only=False) if Path(path).is_file() else None
 
 
-def save_training(path, step, model, optimizers, **more):
-    """A checkpoint after `step` steps, from which `resume` goes on."""
-    save(path, step=step, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], **more)
+def need(path):
+    """The checkpoint at a path; where there is none the program ends."""
+    return load(path) or sys.exit(
+        f"{path} is missing: train_vision.py, then train_language.py write such files to --out"
+    )
 
 
-def resume(path, model, optimizers):
+def save_training(path, step, of, model, optimizers, **more):
+    """A checkpoint after `step` steps, from which `resume` goes on. `of` tells what the training was of."""
+    save(path, step=step, of=of, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], **more)
+
+
+def resume(path, of, model, optimizers):
     """Go on from a checkpoint: what it holds, of which "step" is the steps done; those are 0 where there is none."""
     state = load(path)
     if state is None:
         return {"step": 0}
+    if state["of"] != of:
+        sys.exit(f"{path} is of another training ({state['of']}, not {of}): remove it, or name another --out")
     model.load_state_dict(state["model"])
     for optimizer, kept in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(kept)
     return state
+
+
+def encoder_of(state):
+    """What stands for the codes that a vision tokenizer with this state gives."""
+    parts = [t.numpy().tobytes() for name, t in sorted(state.items()) if not name.startswith(("decoder", "post_quant"))]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def descend(optimizers, weights, loss, rate):

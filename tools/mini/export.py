@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from common import load
+from common import need
 from draw_demo_scene import TARGET as SCENE
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -132,7 +132,7 @@ if __name__ == "__main__":
     parser.add_argument("--only_golden", action="store_true", help="of the files that are in --target already")
     args = parser.parse_args()
     if not args.only_golden:
-        write_vision(load(args.vision or f"{args.out}/polished.pt")["model"], args.target / "vision_tokenizer")
-        write_language(load(f"{args.out}/language.pt"), f"{args.out}/vocabulary", args.target / "language_model")
+        write_vision(need(args.vision or f"{args.out}/polished.pt")["model"], args.target / "vision_tokenizer")
+        write_language(need(f"{args.out}/language.pt"), f"{args.out}/vocabulary", args.target / "language_model")
     args.golden.write_text(json.dumps(golden(args.target)) + "\n")
     print(f"wrote {args.target} and {args.golden}")

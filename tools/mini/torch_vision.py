@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 CONFIG = {
-    "architectures": ["Emu3VisionVQModel"], "model_type": "Emu3VisionVQ", "codebook_size": 1024, "embed_dim": 4,
-    "z_channels": 4, "double_z": False, "in_channels": 3, "out_channels": 3, "temporal_downsample_factor": 4,
+    "architectures": ["Emu3VisionVQModel"], "model_type": "Emu3VisionVQ", "codebook_size": 12288, "embed_dim": 12,
+    "z_channels": 12, "double_z": False, "in_channels": 3, "out_channels": 3, "temporal_downsample_factor": 4,
     "ch": 64, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [3], "dropout": 0.0,
 }  # fmt: skip
 

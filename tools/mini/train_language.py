@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import descend, learning_rate, load, resume, save, save_training
+from common import descend, encoder_of, learning_rate, load, need, resume, save, save_training
 from torch_vision import VisionTokenizer
 from tqdm import tqdm
 from train_vision import autocast, to_tensor
@@ -187,25 +187,31 @@ def make_optimizers(model, probe):
 
 
 def prepare(args):
-    """(tokenizer, grammar, scenes to train on, held-out scenes), the scenes as `settled` gives them"""
-    vision = VisionTokenizer().eval()
-    vision.load_state_dict(load(args.vision or f"{args.out}/vision.pt")["model"])
+    """(tokenizer, grammar, scenes to train on, held-out ones, what they are of), the scenes as `settled` gives them"""
+    vision, trained = VisionTokenizer().eval(), need(args.vision or f"{args.out}/vision.pt")["model"]
+    vision.load_state_dict(trained)
+    of = {"encoder": encoder_of(trained), "scenes": args.scenes, "seed": args.seed}
     tokenizer = write(f"{args.out}/vocabulary", vision.config["codebook_size"], POSITIONS)
     grammar = ImageGrammar.from_tokenizer(tokenizer, vision.config["codebook_size"])
     cache = load(f"{args.out}/codes.pt")
-    if not cache:
-        cache = {"train": coded_scenes(vision, args.scenes, args.seed), "held": coded_scenes(vision, 200, 1, held=True)}
+    if not cache or cache["of"] != of:
+        cache = {
+            "of": of,
+            "train": coded_scenes(vision, args.scenes, args.seed),
+            "held": coded_scenes(vision, 200, 1, held=True),
+        }
         save(f"{args.out}/codes.pt", **cache)
-    return tokenizer, grammar, *settled(cache["train"], cache["held"])
+    return tokenizer, grammar, *settled(cache["train"], cache["held"]), of
 
 
 def train(args):
     torch.manual_seed(args.seed)
-    tokenizer, grammar, scenes, held = prepare(args)
+    tokenizer, grammar, scenes, held, of = prepare(args)
+    of.update(hidden=args.hidden, layers=args.layers)
     model = Emu3ForCausalLM(text_config(tokenizer, args))
     probe = torch.nn.Sequential(torch.nn.RMSNorm(args.hidden), torch.nn.Linear(args.hidden, len(SHAPES) + 1))
     optimizers = make_optimizers(model, probe)
-    state = resume(f"{args.out}/language.pt", model, optimizers)
+    state = resume(f"{args.out}/language.pt", of, model, optimizers)
     first = state["step"]
     if "probe" in state:
         probe.load_state_dict(state["probe"])
@@ -226,7 +232,7 @@ def train(args):
                 f"{float(shapes):.3f}; held out {float(new[0]):.3f}, {float(new[1]):.3f}, {float(new[2]):.3f}"
             )
             save_training(
-                f"{args.out}/language.pt", step + 1, model, optimizers,
+                f"{args.out}/language.pt", step + 1, of, model, optimizers,
                 config=model.config.to_dict(), probe=probe.state_dict(),
             )  # fmt: skip
 

@@ -5,7 +5,8 @@ First without a codebook, then with one that starts as the k-means centres of th
 running means (van den Oord et al., arXiv 1711.00937, appendix A.1); codewords that nothing chooses begin anew
 at some latent. Running means crowd where latents do, so that a plain background gets a hundred codewords that mean the
 same and that the language model could only guess among. At last the codebook is therefore laid anew over latents
-of which crowded ones count less, and kept. `--out` holds checkpoints; a run that was cut short goes on from the last.
+of which crowded ones count less, and kept. Photographs get more codewords after that, which no scene chooses, and the
+decoder is trained alone. `--out` holds checkpoints; a run that was cut short goes on from the last.
 """
 
 import argparse
@@ -14,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import ConvMuon, descend, learning_rate, load, psnr, resume, save_training
+from common import ConvMuon, descend, encoder_of, learning_rate, load, need, psnr, resume, save, save_training
 from PIL import Image
-from torch_vision import VisionTokenizer
+from torch_vision import CONFIG, VisionTokenizer
 from tqdm import tqdm
 from world import CANVASES, random_scene, render
 
@@ -28,7 +29,8 @@ PHOTOS = (  # chelsea, the cat, is the demo picture: never among these
 DECAY = 0.98
 APART = 0.12  # of the latents' standard deviation: nearer ones count as one when the codebook is laid
 FIRM = 3  # times locality and commitment once the codebook is kept
-LARGE = 128  # pixels a side of the photographs that polish the decoder
+TRAINED = {**CONFIG, "codebook_size": 8192}  # the other codewords are for photographs alone
+LARGE = 208  # pixels a side of the photographs that polish the decoder
 
 
 def photographs(least_side):
@@ -95,6 +97,12 @@ def thinned(latents, apart):
     return kept
 
 
+def nearest(latents, codewords):
+    """Of each latent [n, dim] the distance to the nearest codeword [m, dim], and its number."""
+    found = [torch.cdist(part, codewords).min(1) for part in latents.split(4096)]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
 class Codebook:
     """Running means of the latents that choose each codeword."""
 
@@ -106,11 +114,12 @@ class Codebook:
     def start(self, latents, rounds=15):
         """k-means centres of latents [n, dim]."""
         size = len(self.count)
-        centres = latents[torch.randperm(len(latents))[:size]].clone()
+        some = torch.randperm(len(latents))[:size] if len(latents) >= size else torch.randint(len(latents), (size,))
+        centres = latents[some]
         for _ in range(rounds):
-            nearest = torch.cdist(latents, centres).argmin(1)
-            count = torch.bincount(nearest, minlength=size).float()
-            sums = torch.zeros_like(centres).index_add_(0, nearest, latents)
+            _, number = nearest(latents, centres)
+            count = torch.bincount(number, minlength=size).float()
+            sums = torch.zeros_like(centres).index_add_(0, number, latents)
             centres = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], centres)
             empty = count == 0
             centres[empty] = latents[torch.randint(len(latents), (int(empty.sum()),))]
@@ -141,7 +150,7 @@ def reconstruction_loss(out, pixels):
 
 def make_optimizers(weights):
     """Muon for the convolutions inside, Adam for the others. Their learning rate is set at each step."""
-    inner = [w.ndim == 4 and min(w.shape[:2]) > 4 for w in weights]
+    inner = [w.ndim == 4 and min(w.shape[:2]) > CONFIG["z_channels"] for w in weights]
     rest = [w for w, is_inner in zip(weights, inner) if not is_inner]
     adam = torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     return [ConvMuon([w for w, is_inner in zip(weights, inner) if is_inner]), adam]
@@ -167,38 +176,76 @@ class Progress:
         )
 
 
+@torch.no_grad()
+def extend(args):
+    """Give photographs the rest of the codewords: centres of their latents, of which no scene's latent is nearest."""
+    rng, photos, model = np.random.default_rng([args.seed, 2]), photographs(LARGE), VisionTokenizer()
+    trained, book = need(f"{args.out}/trained.pt")["model"], model.quantize.embedding.weight
+    done = load(f"{args.out}/vision.pt")
+    if done and done["of"] == encoder_of(trained):
+        return
+    old, more = trained["quantize.embedding.weight"], len(book) - TRAINED["codebook_size"]
+    model.load_state_dict({**trained, "quantize.embedding.weight": book})
+    model.eval()
+    torch.manual_seed(args.seed)
+
+    def latents(share, count, canvas):
+        parts = [model.latents(batch(rng, photos, 16, share, canvas)) for _ in tqdm(range(count), desc="latents")]
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+    of_photos, of_scenes = latents(0, 15, (LARGE, LARGE)), latents(1, 250, None)
+    far, _ = nearest(of_photos, old)
+    new = of_photos[torch.multinomial(far**2, int(1.25 * more))]
+    for _ in range(3):
+        number = nearest(of_photos, torch.cat([old, new]))[1] - len(old)
+        own = number >= 0
+        count = torch.bincount(number[own], minlength=len(new)).float()
+        sums = torch.zeros_like(new).index_add_(0, number[own], of_photos[own])
+        new = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], new)
+    number = nearest(of_scenes, torch.cat([old, new]))[1] - len(old)
+    count[number[number >= 0].unique()] = -1  # a scene's: those go first
+    new = new[count.argsort(descending=True)[:more]]
+    book.copy_(torch.cat([old, new]))
+    save(f"{args.out}/vision.pt", of=encoder_of(trained), model=model.state_dict())
+    print(f"{len(new)} codewords for photographs: {Progress().line(model)}")
+
+
 def polish(args):
     """Train the decoder alone, on codes that no longer change: what the language model has learnt stays true."""
     torch.manual_seed(args.seed)
     photos, model, progress = photographs(LARGE), VisionTokenizer(), Progress()
-    model.load_state_dict(load(f"{args.out}/vision.pt")["model"])
+    trained = need(f"{args.out}/vision.pt")["model"]
+    model.load_state_dict(trained)
     model.train()
     weights = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
     optimizers = make_optimizers(weights)
-    first = resume(f"{args.out}/polished.pt", model, optimizers)["step"]
+    of = {"encoder": encoder_of(trained), "seed": args.seed}
+    first = resume(f"{args.out}/polished.pt", of, model, optimizers)["step"]
     bar = tqdm(range(first, args.polish_steps), initial=first, total=args.polish_steps, mininterval=5)
     for step in bar:
         rng, loss = np.random.default_rng([args.seed, 1, step]), 0.0
-        for pixels in (batch(rng, photos, args.batch // 2, 1), batch(rng, photos, args.batch // 6, 0, (LARGE, LARGE))):
+        scenes, crops = batch(rng, photos, args.batch // 4, 1), batch(rng, photos, args.batch // 6, 0, (LARGE, LARGE))
+        for pixels, weight in ((scenes, 1 / 4), (crops, 1)):  # photographs are the harder part
             with torch.no_grad():
                 codes = model.encode(pixels)
             with autocast():
                 out = model.decode(codes).float()
-            loss = loss + reconstruction_loss(out, pixels)
+            loss = loss + 50 * weight * ((out - pixels) ** 2).mean()
         descend(optimizers, weights, loss, learning_rate(step, args.polish_steps, args.polish_lr))
         if step % 25 == 24 or step == args.polish_steps - 1:
             bar.write(f"polishing {step + 1}: loss {float(loss):.4f}, {progress.line(model)}")
-            save_training(f"{args.out}/polished.pt", step + 1, model, optimizers)
+            save_training(f"{args.out}/polished.pt", step + 1, of, model, optimizers)
 
 
 def train(args):
     torch.manual_seed(args.seed)
-    photos, model, progress = photographs(max(map(max, CANVASES))), VisionTokenizer(), Progress()
+    photos, model, progress = photographs(max(map(max, CANVASES))), VisionTokenizer(TRAINED), Progress()
     model.quantize.embedding.weight.requires_grad_(False)
     book = Codebook(model.quantize.embedding)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(weights)
-    state = resume(f"{args.out}/vision.pt", model, optimizers)
+    of = {"config": model.config, "seed": args.seed}
+    state = resume(f"{args.out}/trained.pt", of, model, optimizers)
     first = state["step"]
     if first:
         book.count, book.total = state["count"], state["total"]
@@ -207,6 +254,7 @@ def train(args):
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=5)
     for step in bar:
         rng = np.random.default_rng([args.seed, step])
+        torch.manual_seed(1000003 * args.seed + step)  # a run that is cut short goes on as if it were not
         pixels = batch(rng, photos, args.batch // 2)
         mixed, same = mix(rng, pixels)
         pixels = torch.cat([pixels, mixed])
@@ -221,7 +269,7 @@ def train(args):
             flat = latents.detach().reshape(-1, latents.shape[-1])
             if step in (args.quantize_at, args.settle_at):
                 with torch.no_grad(), autocast():
-                    more = [model.latents(batch(rng, photos, 48)).float().reshape(-1, flat.shape[1]) for _ in range(16)]
+                    more = [model.latents(batch(rng, photos, 48)).float().reshape(-1, flat.shape[1]) for _ in range(64)]
                 book.start(thinned(torch.cat([flat, *more]), APART * float(spread) ** 0.5))
             codes = model.quantize(latents.detach())
             nearest = model.quantize.embedding(codes).detach()
@@ -242,25 +290,26 @@ def train(args):
             measured = progress.line(model) if step >= args.quantize_at else "not quantized yet"
             bar.write(f"step {step + 1}: loss {float(loss):.4f}, {measured}, perplexity {perplexity:.0f}")
             save_training(
-                f"{args.out}/vision.pt", step + 1, model, optimizers, count=book.count, total=book.total
+                f"{args.out}/trained.pt", step + 1, of, model, optimizers, count=book.count, total=book.total
             )  # fmt: skip
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="mini_run", help="checkpoints")
-    parser.add_argument("--steps", type=int, default=1250)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--quantize_at", type=int, default=150, help="the step from which on codes are used")
-    parser.add_argument("--settle_at", type=int, default=900, help="the step that lays the codebook anew, to stay")
+    parser.add_argument("--settle_at", type=int, default=1000, help="the step that lays the codebook anew, to stay")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=24, help="pictures of 64 x 64 pixels")
     parser.add_argument("--locality", type=float, default=0.3, help="weight of: equal surroundings, equal latents")
     parser.add_argument("--commitment", type=float, default=0.1)
     parser.add_argument("--polish_lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--polish_steps", type=int, default=110, help="for the decoder alone, after the others")
+    parser.add_argument("--polish_steps", type=int, default=560, help="for the decoder alone, after the others")
     parser.add_argument("--only_polish", action="store_true")
     args = parser.parse_args()
     if not args.only_polish:
         train(args)
+        extend(args)
     polish(args)
