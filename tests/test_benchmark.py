@@ -162,12 +162,12 @@ def test_real_scenes_are_read_as_they_are_drawn():
         assert codes.shape == (scene.height // 8, scene.width // 8)
         visual.append(codes.size)
     likeliest, logs = quality.next_tokens(model, processor.grammar, sequences)
-    assert logs.shape == (sum(visual), 1024) and np.allclose(np.exp(logs).sum(-1), 1)
+    assert logs.shape == (sum(visual), processor.grammar.codebook_size) and np.allclose(np.exp(logs).sum(-1), 1)
     ids, start = sequences[0]
     with paddle.no_grad():
         logits = model(paddle.to_tensor([ids[: start + 3]])).logits[0, -1].numpy()
     first = processor.grammar.first_visual
-    assert likeliest[3] == logits[first : first + 1024].argmax()
+    assert likeliest[3] == logits[first : first + processor.grammar.codebook_size].argmax()
 
 
 def test_bytes_of_a_quantized_pass(tmp_path):
