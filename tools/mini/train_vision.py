@@ -5,8 +5,8 @@ First without a codebook, then with one that starts as the k-means centres of th
 running means (van den Oord et al., arXiv 1711.00937, appendix A.1); codewords that nothing chooses begin anew
 at some latent. Running means crowd where latents do, so that a plain background gets a hundred codewords that mean the
 same and that the language model could only guess among. At last the codebook is therefore laid anew over latents
-of which crowded ones count less, and kept. Photographs get more codewords after that, which no scene chooses, and the
-decoder is trained alone. `--out` holds checkpoints; a run that was cut short goes on from the last.
+of which crowded ones count less, and kept. Photographs get more codewords after that, which scenes hardly ever choose,
+and the decoder is trained alone. `--out` holds checkpoints; a run that was cut short goes on from the last.
 """
 
 import argparse
@@ -103,6 +103,13 @@ def nearest(latents, codewords):
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
+def recentred(centres, latents, number):
+    """Means of the latents [n, dim] of each number, the centres where there are none; and how many each has."""
+    count = torch.bincount(number, minlength=len(centres)).float()
+    sums = torch.zeros_like(centres).index_add_(0, number, latents)
+    return torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], centres), count
+
+
 class Codebook:
     """Running means of the latents that choose each codeword."""
 
@@ -117,10 +124,7 @@ class Codebook:
         some = torch.randperm(len(latents))[:size] if len(latents) >= size else torch.randint(len(latents), (size,))
         centres = latents[some]
         for _ in range(rounds):
-            _, number = nearest(latents, centres)
-            count = torch.bincount(number, minlength=size).float()
-            sums = torch.zeros_like(centres).index_add_(0, number, latents)
-            centres = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], centres)
+            centres, count = recentred(centres, latents, nearest(latents, centres)[1])
             empty = count == 0
             centres[empty] = latents[torch.randint(len(latents), (int(empty.sum()),))]
         self.count, self.total = torch.ones(size), centres.clone()
@@ -178,7 +182,7 @@ class Progress:
 
 @torch.no_grad()
 def extend(args):
-    """Give photographs the rest of the codewords: centres of their latents, of which no scene's latent is nearest."""
+    """Give photographs the rest of the codewords: centres of their latents, those first that are no scene's."""
     rng, photos, model = np.random.default_rng([args.seed, 2]), photographs(LARGE), VisionTokenizer()
     trained, book = need(f"{args.out}/trained.pt")["model"], model.quantize.embedding.weight
     done = load(f"{args.out}/vision.pt")
@@ -199,9 +203,7 @@ def extend(args):
     for _ in range(3):
         number = nearest(of_photos, torch.cat([old, new]))[1] - len(old)
         own = number >= 0
-        count = torch.bincount(number[own], minlength=len(new)).float()
-        sums = torch.zeros_like(new).index_add_(0, number[own], of_photos[own])
-        new = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], new)
+        new, count = recentred(new, of_photos[own], number[own])
     number = nearest(of_scenes, torch.cat([old, new]))[1] - len(old)
     count[number[number >= 0].unique()] = -1  # a scene's: those go first
     new = new[count.argsort(descending=True)[:more]]
@@ -272,9 +274,9 @@ def train(args):
                     more = [model.latents(batch(rng, photos, 48)).float().reshape(-1, flat.shape[1]) for _ in range(64)]
                 book.start(thinned(torch.cat([flat, *more]), APART * float(spread) ** 0.5))
             codes = model.quantize(latents.detach())
-            nearest = model.quantize.embedding(codes).detach()
-            loss = loss + firm * args.commitment * ((latents - nearest) ** 2).mean() / spread
-            quantized = latents + (nearest - latents).detach()
+            codewords = model.quantize.embedding(codes).detach()
+            loss = loss + firm * args.commitment * ((latents - codewords) ** 2).mean() / spread
+            quantized = latents + (codewords - latents).detach()
             if step < args.settle_at:
                 book.follow(flat, codes.reshape(-1), revive=step % 50 == 0)
             used.mul_(0.99).add_(torch.bincount(codes.reshape(-1), minlength=len(used)).float())
