@@ -20,6 +20,12 @@ class BatchFeature(dict):
             raise AttributeError(f"this batch has no {name!r}, only {sorted(self)}") from None
 
 
+def is_untouched(layer):
+    """Whether a Paddle layer is not in training, and nothing is hooked in or put in the place of its forward."""
+    hooked = layer._forward_pre_hooks or layer._forward_post_hooks or "forward" in vars(layer)
+    return not layer.training and not hooked
+
+
 def pad_rows(rows, pad, side="left", length=0):
     """Rows of ids -> (ids, mask), int64 arrays [rows, width]: padded to the longest row, or to `length` if longer.
 

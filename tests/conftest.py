@@ -49,6 +49,12 @@ def relative_error(a, b):
     return float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max())
 
 
+@pytest.fixture(params=["plain", "avx2", "best"])
+def vectors(request, monkeypatch):
+    """The compiled operators by each kind of vectors that this processor has."""
+    monkeypatch.setenv("EMU3_OPS_SIMD", request.param)
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """command("autoencode.py", "--model_path", ...) -> (exit code, stdout, stderr), run in this process"""

@@ -15,12 +15,6 @@ EPSILON = 1e-6
 pytestmark = pytest.mark.skipif(operators() is None, reason="the operators are not built: make ops")
 
 
-@pytest.fixture(params=["plain", "avx2", "best"])
-def vectors(request, monkeypatch):
-    """By each kind of vectors that this processor has."""
-    monkeypatch.setenv("EMU3_OPS_SIMD", request.param)
-
-
 def by_definition(x, weight, bias, groups, scale=None, shift=None, silu=False):
     height, width, channels = x.shape
     by_group = x.astype(np.float64).reshape(height * width, groups, channels // groups)

@@ -18,12 +18,6 @@ SHAPES = [(1, 1, 16, 64), (1, 5, 48, 64), (6, 4, 64, 128), (9, 13, 32, 192), (25
 pytestmark = pytest.mark.skipif(operators() is None, reason="the operators are not built: make ops")
 
 
-@pytest.fixture(params=["plain", "avx2", "best"])
-def vectors(request, monkeypatch):
-    """By each kind of vectors that this processor has."""
-    monkeypatch.setenv("EMU3_OPS_SIMD", request.param)
-
-
 def random_problem(height, width, channels, out, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal([height, width, channels]).astype(np.float32)

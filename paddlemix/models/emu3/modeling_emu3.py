@@ -18,7 +18,7 @@ from paddlemix.external_ops import operators
 from paddlemix.external_ops.decoder_step import decoder_step
 from paddlemix.external_ops.few_rows_linear import FEW_ROWS, few_rows_linear
 from paddlemix.external_ops.fused_ln import fused_rms_norm
-from paddlemix.utils import InputError
+from paddlemix.utils import InputError, is_untouched
 
 from .attention import CacheAt, KVCache, Mask, Rotary, allowed_keys, attend, count_positions
 from .checkpoint import QUANTIZATIONS, CheckpointMixin, dtype_name
@@ -162,8 +162,7 @@ class Emu3DecoderLayer(nn.Layer):
 
 def _is_plain(layer, kind):
     """Of this very class, not in training, and nothing hooked in."""
-    hooked = layer._forward_pre_hooks or layer._forward_post_hooks or "forward" in layer.__dict__
-    return type(layer) is kind and not layer.training and not hooked
+    return type(layer) is kind and is_untouched(layer)
 
 
 class Emu3Model(CheckpointMixin, nn.Layer):

@@ -15,6 +15,7 @@ from paddle import nn
 
 from paddlemix.external_ops import operators, winograd
 from paddlemix.external_ops.spatial_norm import spatial_norm
+from paddlemix.utils import is_untouched
 
 from . import onednn
 
@@ -38,8 +39,7 @@ def can_run(half, *inputs):
 
 def _is_plain(layer):
     """Not in training, a layer as the architecture has it, and nothing hooked in or compiled."""
-    hooks = layer._forward_pre_hooks or layer._forward_post_hooks or "forward" in vars(layer)
-    if layer.training or hooks:
+    if not is_untouched(layer):
         return False
     if type(layer) is nn.Conv2D:  # stride 2 is the downsampling's, which pads by itself
         pad = 0 if layer._stride == [2, 2] else layer._kernel_size[0] // 2
