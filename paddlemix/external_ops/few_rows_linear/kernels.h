@@ -11,7 +11,8 @@ constexpr int PANEL_OUTS = 64, PANEL_COLUMNS = 1024;  // 256 KB of widened weigh
 template <int R, int O, class T>
 SIMD_TARGET void stream(const Problem& p, int64_t row, int64_t o) {
   float sums[R][O];
-  products<R, O, true>((const T*)p.weight + o * p.in, p.in, p.x + row * p.in, p.in, p.in, sums);
+  const T* w = (const T*)p.weight + o * p.in;
+  products<R, O, true>(w, p.in, w + O * p.in, p.x + row * p.in, p.in, p.in, sums);
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < O; ++i) p.y[(row + r) * p.out + o + i] = p.scale ? sums[r][i] * p.scale[o + i] : sums[r][i];
 }
@@ -111,7 +112,7 @@ template <int R, int O>
 SIMD_TARGET void panel_tile(const Problem& p, const float* w, int64_t w_stride, int64_t row, int64_t o, int64_t first,
                             int64_t count) {
   float sums[R][O];
-  products<R, O, false>(w, w_stride, p.x + row * p.in + first, p.in, count, sums);
+  products<R, O, false, float>(w, w_stride, nullptr, p.x + row * p.in + first, p.in, count, sums);
   for (int r = 0; r < R; ++r) {
     float* y = p.y + (row + r) * p.out + o;
     for (int i = 0; i < O; ++i) y[i] = first ? y[i] + sums[r][i] : sums[r][i];

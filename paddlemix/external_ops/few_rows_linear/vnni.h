@@ -28,22 +28,22 @@ struct Fixed {
     constexpr float MOST = 127 << 16;  // so that the highest byte stays one
     for (int64_t r = 0; r < p.rows; ++r)
       for (int64_t g = 0; g < p.groups(); ++g) {
-        const float* x = p.x + r * p.in + g * GROUP;
         const int64_t count = std::min<int64_t>(GROUP, p.in - g * GROUP), at = r * p.groups() + g;
-        const float size = std::max(avx512::largest(x, count), TINY), inverse = MOST / size;
+        float x[GROUP] = {};
+        std::memcpy(x, p.x + r * p.in + g * GROUP, count * sizeof(float));
+        const float size = std::max(avx512::largest(x, GROUP), TINY), inverse = MOST / size;
         if (!std::isfinite(size)) finite = false;
         if (!finite) return;
         scale[at] = size / MOST;
-        int32_t whole[GROUP] = {};
-        for (int64_t i = 0; i < count; ++i) whole[i] = (int32_t)__builtin_rintf(x[i] * inverse);
+        int32_t whole[GROUP], sums[GROUP / 2];
         int8_t* to = &bytes[at * BYTES * GROUP];
         for (int i = 0; i < GROUP; ++i) {
-          const int32_t low = (int8_t)whole[i], rest = (whole[i] - low) >> 8, middle = (int8_t)rest;
-          to[i] = (rest - middle) >> 8;
-          to[GROUP + i] = middle;
-          to[2 * GROUP + i] = low;
+          whole[i] = (int32_t)__builtin_rintf(x[i] * inverse);
+          const int32_t middle = (whole[i] + 128) >> 8, high = (middle + 128) >> 8;  // the lower bytes have signs
+          to[i] = high, to[GROUP + i] = middle, to[2 * GROUP + i] = whole[i];
         }
-        for (int i = 0; i < GROUP; ++i) eights[at * LANES + i % (GROUP / 2) / 4] += 8 * whole[i];
+        for (int i = 0; i < GROUP / 2; ++i) sums[i] = whole[i] + whole[i + GROUP / 2];
+        for (int i = 0; i < GROUP / 2; ++i) eights[at * LANES + i / 4] += 8 * sums[i];
       }
   }
 };
