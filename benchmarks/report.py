@@ -148,16 +148,22 @@ def report(results):
         text += f"\n{explanation}\n\n"
         text += "".join(f"- {verdict(part, r)}\n" for part, r in parts.items())
     text += "\n## Machine\n\n"
+    machines = {}
     for part, result in results.items():
-        m = result["machine"]
-        versions = ", ".join(f"{k} {v}" for k, v in {"Python": m["python"], **result["versions"]}.items())
-        rates = [f"{k} {v / 1e9:.1f} GB/s" for k, v in result["limits"]["read_bytes_per_s"].items()]
-        rates += [f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in result["limits"]["operations_per_s"].items()]
-        text += (
-            f"- {part}: commit {m['commit']}, {m['date']}; {m['cpu']}, {m['cores']} cores, {m['instructions']}, "
-            f"{m['memory_gb']} GB, {m['system']}; {versions}. Limits: {', '.join(rates)}.\n"
-        )
+        machines.setdefault(machine_of(result), []).append(part)
+    text += "".join(f"- {', '.join(parts)}: {machine}.\n" for machine, parts in machines.items())
     return text + gpu_arithmetic(Emu3Config())
+
+
+def machine_of(result):
+    m = result["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in {"Python": m["python"], **result["versions"]}.items())
+    rates = [f"{k} {v / 1e9:.1f} GB/s" for k, v in result["limits"]["read_bytes_per_s"].items()]
+    rates += [f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in result["limits"]["operations_per_s"].items()]
+    return (
+        f"commit {m['commit']}, {m['date']}; {m['cpu']}, {m['cores']} cores, {m['instructions']}, {m['memory_gb']} GB, "
+        f"{m['system']}; {versions}. Limits: {', '.join(rates)}"
+    )
 
 
 def verdict(part, result):
