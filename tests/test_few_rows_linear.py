@@ -166,6 +166,13 @@ def test_quantize_gives_the_same_bytes_either_way(how, monkeypatch, dtype, bits)
     assert scale.numpy().tobytes() == expected_scale.numpy().tobytes()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows(how, kind):
+    weight, scale, _ = make_weight(kind, 40, 300)
+    assert few_rows_linear(paddle.ones([0, 300]), weight, scale).shape == [0, 40]
+    assert few_rows_linear(paddle.ones([2, 0, 300]), weight, scale).shape == [2, 0, 40]
+
+
 def test_leading_axes_and_gradients(how):
     x, weight = paddle.randn([2, 3, 20]), paddle.randn([4, 20])
     expected = x.numpy() @ weight.numpy().T

@@ -46,7 +46,7 @@ void linear(const Problem& p) {
   const int64_t piece = std::min<int64_t>(64, (p.out / (2 * omp_get_max_threads()) + 3) / 4 * 4 + 4);
 #if defined(__x86_64__)
   if constexpr (std::is_same<T, uint8_t>::value)
-    if (p.rows <= VNNI_ROWS && simd::level() == simd::VNNI && linear_vnni(p, piece)) return;
+    if (p.rows > 0 && p.rows <= VNNI_ROWS && simd::level() == simd::VNNI && linear_vnni(p, piece)) return;
 #endif
   in_parallel(p.out, piece, p.rows * p.in * p.out, [&](int64_t begin, int64_t end) { outputs(p, begin, end); });
 }
