@@ -53,6 +53,17 @@ def test_scaled_by_the_latent(vectors, height, width, times, silu):
     assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(
+    "view", [lambda x: x[:, ::2], lambda x: x[::-1], lambda x: x.transpose(1, 0, 2), lambda x: x.T]
+)
+def test_views(view):
+    x = view(numbers(8, 6, 4))
+    weight, bias = numbers(x.shape[2], seed=1), numbers(x.shape[2], seed=2)
+    found = spatial_norm(x, paddle.to_tensor(weight), paddle.to_tensor(bias), 2, EPSILON)
+    expected = by_definition(np.ascontiguousarray(x), weight, bias, 2)
+    assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
+
+
 def test_silu_of_large_numbers(vectors):
     """A norm of weight 0 gives its bias: sigmoid(-90) and less is as good as 0, and nothing overflows."""
     bias = np.linspace(-200, 200, 64, dtype=np.float32)

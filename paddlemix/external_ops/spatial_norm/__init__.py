@@ -19,7 +19,7 @@ def spatial_norm(x, weight, bias, groups, epsilon, scale=None, shift=None, silu=
     Returns:
         float32 array, as x.
     """
-    out = np.empty_like(x)
+    out = np.empty(x.shape, x.dtype)  # contiguous, whatever x is: the operator writes into it
     latent = [None if array is None else from_dlpack(array) for array in (scale, shift)]
     operators().spatial_norm(from_dlpack(x), weight, bias, *latent, from_dlpack(out), groups, epsilon, silu)
     return out
