@@ -84,6 +84,16 @@ def test_strided_input(how):
     assert error(fused_rms_norm(x.t(), scale, EPSILON)[0], expected[0]) < how * 1e-6
 
 
+@pytest.mark.parametrize("norm", [fused_rms_norm, fused_ln])
+def test_no_rows(how, norm):
+    x, *parameters = paddle.ones([0, 5]), paddle.ones([5]), paddle.ones([5])
+    parameters = parameters[: 2 if norm is fused_ln else 1]
+    for given in (x, *parameters):
+        given.stop_gradient = False
+    norm(x, *parameters, EPSILON)[0].sum().backward()
+    assert x.grad.shape == [0, 5] and all(float(p.grad.abs().sum()) == 0 for p in parameters)
+
+
 def test_wrong_scale():
     with pytest.raises(InputError, match=r"must be float \[4\]"):
         fused_rms_norm(paddle.ones([2, 4]), paddle.ones([3]), EPSILON)
