@@ -254,6 +254,18 @@ def test_saved_and_loaded_again(language_dir, tmp_path, monkeypatch, dtype, max_
     Emu3Model.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float64"])
+def test_scales_of_another_dtype_become_float32(int8_dir, stored):
+    weights = load_file(int8_dir / "model.safetensors")
+    scales = {name: w.astype(stored) for name, w in weights.items() if name.endswith("_scale")}
+    save_file({**weights, **scales}, int8_dir / "model.safetensors")
+    model = load(int8_dir)
+    state = state_of(model)
+    for name, scale in scales.items():
+        np.testing.assert_array_equal(state[name], scale.astype(np.float32), strict=True)
+    assert np.isfinite(logits_of(model)).all()
+
+
 def test_a_file_is_written_as_the_library_reads_it(tmp_path):
     arrays = {
         "b": np.arange(3, dtype=np.int8), "a": np.arange(5, dtype=np.uint8), "c": np.array(7, dtype=np.int64),

@@ -522,7 +522,8 @@ def _assign(target, file, name, dtype, on_bytes):
         return
     if dtype in QUANTIZATIONS:  # what is not quantized stays as it is, but for the one large tensor
         stored = DTYPES[file.dtypes[name]]
-        is_wide, is_embedding = stored in ("float32", "float64"), name.endswith("embed_tokens.weight")
+        is_wide = stored in ("float32", "float64") or name.endswith("_scale")  # the operators take float32 scales
+        is_embedding = name.endswith("embed_tokens.weight")
         dtype = ("bfloat16" if is_embedding else "float32") if is_wide else stored
     _share(file.read(name, np.dtype(dtype), on_bytes), target)
 
