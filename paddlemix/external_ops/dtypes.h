@@ -36,3 +36,7 @@ auto with_weight(paddle::DataType type, F f) {
       PD_THROW("a weight must be float32, bfloat16, int8 or uint8 (4 bits)");
   }
 }
+
+inline bool is_float(const paddle::Tensor& x, const std::vector<int64_t>& shape) {
+  return x.is_cpu() && x.dtype() == paddle::DataType::FLOAT32 && x.shape() == shape;
+}

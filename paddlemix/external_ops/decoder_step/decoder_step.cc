@@ -22,10 +22,6 @@ decoder_step::Floats widen(const Tensor& x) {
   });
 }
 
-bool is_float(const Tensor& x, const Shape& shape) {
-  return x.dtype() == DataType::FLOAT32 && x.shape() == shape;
-}
-
 // Writes to `key` and `value`, which are a cache and have no gradients.
 Tensors DecoderStep(const Tensor& x, const Tensors& norms, const Tensors& weights,
                     const paddle::optional<Tensors>& scales, const Tensor& cosine, const Tensor& sine,

@@ -74,7 +74,8 @@ std::vector<Tensor> forward(const Tensor& x, const Tensor& scale, const Tensor* 
 std::vector<Tensor> backward(const Tensor& x, const Tensor& scale, const Tensor* bias, const Tensor* mean,
                                     const Tensor& invvar, const Tensor& dy) {
   check(x, scale, bias);
-  PD_CHECK(dy.initialized() || (dy.defined() && !dy.numel()), "a norm has a gradient through y alone, not through mean or invvar");
+  PD_CHECK(dy.initialized() || (dy.defined() && !dy.numel()),
+           "a norm has a gradient through y alone, not through mean or invvar");
   PD_CHECK(dy.shape() == x.shape() && dy.dtype() == scale.dtype(), "the gradient of a norm's y must be as y");
   const int64_t cols = x.shape().back(), rows = x.numel() / cols;
   Tensor dx = paddle::empty(x.shape(), x.dtype(), x.place());

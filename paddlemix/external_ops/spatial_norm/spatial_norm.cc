@@ -2,16 +2,12 @@
 // spatial_norm: Paddle's side of spatial_norm.h. __init__.py says what is given; it is checked here.
 #include "spatial_norm.h"
 
-#include "paddle/extension.h"
+#include "../dtypes.h"
 
 namespace {
 
 using paddle::Tensor;
 using Shape = std::vector<int64_t>;
-
-bool is_float(const Tensor& x, const Shape& shape) {
-  return x.is_cpu() && x.dtype() == paddle::DataType::FLOAT32 && x.shape() == shape;
-}
 
 void SpatialNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, const paddle::optional<Tensor>& scale,
                  const paddle::optional<Tensor>& shift, Tensor& out, int64_t groups, float epsilon, bool silu) {
