@@ -2,13 +2,15 @@
 """int8 and int4 on a GPU. Paddle's kernels need a card; these stand-ins compute what its documentation says of them,
 from weights in an order that only they know."""
 
+import weakref
+
 import numpy as np
 import paddle
 import pytest
 from conftest import golden, relative_error
 
 from paddlemix.external_ops.few_rows_linear import dequantize, quantize
-from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, checkpoint
+from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, checkpoint, weight_only
 from paddlemix.models.emu3.modeling_emu3 import Emu3Linear
 from paddlemix.models.emu3.weight_only import WeightOnlyLinear, quant
 from paddlemix.utils import InputError
@@ -103,6 +105,20 @@ def test_a_model(card, language_dir, monkeypatch):
     monkeypatch.setattr(paddle, "get_device", lambda: "cpu")
     expected = Emu3ForCausalLM.from_pretrained(language_dir, "int8")(IDS).logits
     assert relative_error(model(IDS).logits.numpy(), expected.numpy()) < 0.01
+
+
+def test_first_weights_go_with_their_layer(card, language_dir, monkeypatch):
+    """A card need not hold the model twice."""
+    seen, alive = [], []
+
+    def count(linear, dtype):
+        seen.append(weakref.ref(linear))
+        alive.append(sum(layer() is not None for layer in seen))
+        return WeightOnlyLinear(linear, dtype)
+
+    monkeypatch.setattr(weight_only, "WeightOnlyLinear", count)
+    Emu3ForCausalLM.from_pretrained(language_dir, "int8")
+    assert len(alive) > 10 and max(alive) <= 2
 
 
 def test_not_saved_from_a_card(card, language_dir, tmp_path):

@@ -61,7 +61,9 @@ class WeightOnlyLinear(nn.Layer):
 
 def use_weight_only_kernels(model):
     """Put these layers in the place of a quantized language model's own, one after the other."""
-    for layer in model.sublayers(include_self=True):
-        for name, part in list(layer.named_children()):
-            if getattr(part, "weight_scale", None) is not None:
-                setattr(layer, name, WeightOnlyLinear(part, model.dtype))
+
+    def replace(layer):  # no list of layers: it would keep the first weights of all
+        for name in [name for name, part in layer.named_children() if getattr(part, "weight_scale", None) is not None]:
+            setattr(layer, name, WeightOnlyLinear(getattr(layer, name), model.dtype))
+
+    model.apply(replace)
