@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,7 @@ def main():
     if args.side:
         return measure_side(args)
     from bench import machine, run
-    from report import put_section
+    from report import put_section, sections
 
     from paddlemix.utils import write_atomically
 
@@ -91,9 +92,10 @@ def main():
         print(section(results))
     else:
         path = args.directory / "operators.json"
-        results = {**(json.loads(path.read_text()) if path.exists() else {}), **results}
-        write_atomically(path, json.dumps(results, indent=1) + "\n")
-        put_section(args.report, TITLE, section(results))
+        raw = {**(json.loads(path.read_text()) if path.exists() else {}), **results}
+        write_atomically(path, json.dumps(raw, indent=1) + "\n")
+        page = args.report.read_text() if args.report.exists() else ""
+        put_section(args.report, TITLE, section(results, sections(page).get(TITLE, "")))
         print(f"wrote {args.report}")
     return int(any(not equal(case) for part in args.parts for case in results[part]["cases"].values()))
 
@@ -351,23 +353,25 @@ PARTS = {
 # --- the section -----------------------------------------------------------------------------------------
 
 
-def section(results):
-    """The newest result of each part."""
+def section(results, earlier=""):
+    """What was measured; parts that were not stay as the earlier section has them."""
     text = """\
 `benchmarks/operators.py`: medians of calls in processes of their own, in turns; few rows and attention go over copies
 of at least 1 GiB, so that no weight or cache is found in the processor's cache. The read bandwidth is that of summing
 1 GiB in the same process just before or after, the quicker of them: it differs from minute to minute. Difference: the
 largest from Paddle's or NumPy's float64 of the same numbers, in parts of the largest result.
 """
+    verdicts = ""
     for part in PARTS:
+        title = PARTS[part].title
         if part in results:
-            text += f"\n### {PARTS[part].title}\n\n{table(part, results[part])}"
+            text += f"\n### {title}\n\n{table(part, results[part])}"
             text += f"\n{PARTS[part].text}\n" if PARTS[part].text else ""
-    text += "\n"
-    for part in PARTS:
-        if part in results:
-            text += f"- {verdict(part, results[part])}\n"
-    return text
+            verdicts += f"- {verdict(part, results[part])}\n"
+        elif block := re.search(rf"\n### {title}\n\n.*?\n(?=\n### |\n- )", earlier, re.DOTALL):
+            text += block[0]
+            verdicts += re.search(rf"^- {title}: .*$", earlier, re.MULTILINE)[0] + "\n"
+    return f"{text}\n{verdicts}"
 
 
 def table(part, result):

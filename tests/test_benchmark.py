@@ -243,6 +243,20 @@ def test_sums_of_the_operators_table():
     assert "**NOT EQUAL**: up [2, 3], int4, 2;" in text and "### Few rows" in text and "### Many rows" not in text
 
 
+def test_parts_that_were_not_measured_stay():
+    def measured(seconds, part="blocked"):
+        name, values = ("up [2, 3] | float32 | 512", {"operations": 1e9}) if part == "blocked" else ("norm", {})
+        case = {"seconds": dict.fromkeys(operators.PARTS[part].sides, seconds), "error": 0.0, **values}
+        found = {"cases": {name: case}, "rounds": 3, "versions": {}, "machine": bench.machine(1)}
+        return {part: {**found, "read_bytes_per_s": {"a": 1e10}}}
+
+    both = operators.section({**measured(2.0), **measured(3.0, "others")})
+    for part, seconds in (("blocked", 2.0), ("others", 3.0)):
+        assert operators.section(measured(seconds, part), both) == both
+    assert operators.section(measured(4.0), both) == both.replace("2.00 s, 0", "4.00 s, 0")
+    assert "Norm and codebook" not in operators.section(measured(2.0))
+
+
 def test_calls_take_turns_over_copies(monkeypatch):
     import paddle
 
