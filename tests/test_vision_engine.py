@@ -141,6 +141,9 @@ def test_what_it_leaves_to_the_eager_layers(calls, monkeypatch):
     ):  # fmt: skip
         encode(lambda model, other=other: setattr(model.encoder.mid.block_1, "conv1", other))
     encode(lambda model: setattr(model.encoder, "norm_out", paddle.nn.BatchNorm2D(32)))
+    for dtype in ("float16", "float64"):
+        with pytest.raises((RuntimeError, ValueError)):  # Paddle's own, of other numbers than the weights
+            encode(lambda model: None, pixels.astype(dtype))
     with paddle.enable_grad():
         encode(lambda model: None)
     with monkeypatch.context() as patch:

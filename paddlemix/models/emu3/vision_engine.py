@@ -25,14 +25,16 @@ BAND = 1 << 19  # numbers of a picture that are scaled and shifted at once: they
 def can_run(half, *inputs):
     """Whether the encoder or decoder can compute here: float32 on a CPU in eval mode, no gradients wanted, the
     layers as they were made."""
-    tensors = [*half.parameters(), *inputs]
+    parameters = half.parameters()
+    tensors = [*parameters, *inputs]
     # the temporal layers compute by themselves, before or after
     layers = [half] + [layer for name, layer in half.named_sublayers() if not name.startswith("time_")]
     return (
         onednn.load() is not None
         and paddle.in_dynamic_mode()
         and all(_is_plain(layer) for layer in layers)
-        and all(t.dtype == paddle.float32 and t.place.is_cpu_place() and t.is_contiguous() for t in half.parameters())
+        and all(t.dtype == paddle.float32 and t.place.is_cpu_place() for t in tensors)
+        and all(t.is_contiguous() for t in parameters)
         and not (paddle.is_grad_enabled() and any(not t.stop_gradient for t in tensors))
     )
 
