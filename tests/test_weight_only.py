@@ -133,6 +133,15 @@ def test_what_the_kernels_do_not_take(card):
         WeightOnlyLinear(a_layer("int8", in_features=100), "bfloat16")
 
 
+def test_what_a_card_has_no_kernel_for(card, monkeypatch):
+    def not_compiled(*arguments, **named):
+        raise OSError("(External) CUDA error(209), no kernel image is available for execution on the device.")
+
+    monkeypatch.setattr(quant, "weight_only_linear", not_compiled)
+    with pytest.raises(InputError, match=r"do not take a weight \[48, 256\].*take bfloat16, or --device=cpu"):
+        WeightOnlyLinear(a_layer("int8"), "bfloat16")
+
+
 def test_what_the_kernels_compute_wrongly(card, monkeypatch):
     """As a card would whose kernels read another order."""
 

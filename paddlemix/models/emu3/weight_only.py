@@ -39,7 +39,7 @@ class WeightOnlyLinear(nn.Layer):
             self.register_buffer("weight_scale", scale.T.astype(dtype).contiguous())
             x = paddle.cos(paddle.arange(2 * in_features, dtype="float32")).reshape([2, in_features]).astype(dtype)
             found = self(x).astype("float32")
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except (AssertionError, OSError, RuntimeError, ValueError) as error:  # CUDA's own errors come as OSError
             raise InputError(
                 f"Paddle's int{self.bits} kernels do not take a weight {[len(weight), in_features]} on this card: "
                 "take bfloat16, or --device=cpu"
