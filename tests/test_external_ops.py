@@ -83,6 +83,19 @@ def test_golden_codes_without_operators(vision_model, without_operators):
     np.testing.assert_array_equal(codes.numpy(), data["image_codes"])
 
 
+@pytest.mark.parametrize(
+    ("options", "environment", "words"),
+    [(["-S"], {}, "has no paddle"), ([], {"CXX": "ccache-of-mine g++"}, "no C++ compiler 'ccache-of-mine g++'")],
+)
+def test_building_without_what_it_needs(tmp_path, options, environment, words):
+    setup = ROOT / "paddlemix/external_ops/setup.py"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", *options, setup, "--version"],
+        cwd=tmp_path, env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and words in run.stderr
+
+
 def test_every_source_is_packaged():
     """The wheel brings what `python setup.py install` needs."""
     from setuptools import find_namespace_packages

@@ -12,8 +12,12 @@ from paddlemix.external_ops import operators, winograd
 from paddlemix.external_ops.winograd import winograd_conv
 from paddlemix.models.emu3 import Emu3VisionVQConfig, Emu3VisionVQModel, onednn
 
-# height, width, in, out: one tile and less, odd and even sides, more tiles than a block, more weights than a group
-SHAPES = [(1, 1, 16, 64), (1, 5, 48, 64), (6, 4, 64, 128), (9, 13, 32, 192), (25, 31, 16, 64), (3, 2, 528, 576)]
+# height, width, in, out: one tile and less, odd and even sides, multiples of 3, more tiles than a block, more weights
+# than a group
+SHAPES = [
+    (1, 1, 16, 64), (1, 5, 48, 64), (6, 4, 64, 128), (4, 6, 16, 64), (9, 13, 32, 192), (25, 31, 16, 64),
+    (3, 2, 528, 576),
+]  # fmt: skip
 
 pytestmark = pytest.mark.skipif(operators() is None, reason="the operators are not built: make ops")
 

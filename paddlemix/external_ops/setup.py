@@ -12,8 +12,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import paddle
-from paddle.utils.cpp_extension import CppExtension, CUDAExtension, setup
+try:
+    import paddle
+    from paddle.utils.cpp_extension import CppExtension, CUDAExtension, setup
+except ModuleNotFoundError as error:
+    sys.exit(f"external_ops: {sys.executable} has no {error.name}: run this with the Python of your environment")
 
 compiler = os.environ.get("CXX") or "g++"
 if shutil.which(shlex.split(compiler)[0]) is None:
