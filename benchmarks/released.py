@@ -5,9 +5,10 @@
     python benchmarks/released.py --dtypes int8 --size 4 15
 
 Writes a checkpoint of 17 GB, bfloat16 in shards, once. For each dtype a process loads it, draws one picture with
-guidance and saves the quantized model, and another one loads that. Told are seconds of loading, peak memory by the
-operating system's count, and passes a second as a share of the limit: the bytes that a pass must read, at the rate at
-which this machine reads 1 GiB. The table goes into benchmarks/RESULTS.md, with --peer_python beside transformers.
+guidance, gives an answer of as many tokens and saves the quantized model, and another one loads that. Told are seconds
+of loading, peak memory by the operating system's count, and passes a second as a share of the limit: the bytes that a
+pass must read, at the rate at which this machine reads 1 GiB. The tables go into benchmarks/RESULTS.md, with
+--peer_python beside transformers.
 """
 
 import argparse
@@ -146,7 +147,8 @@ def measure(args):
         return {"load_s": load_s, "load_peak_bytes": peak_host_memory(), **disk}
     before = limits(threads)
     load_s, model = timed(lambda: Emu3ForCausalLM.from_pretrained(args.directory, dtype=args.dtypes[0], progress=False))
-    result = {"load_s": load_s, "load_peak_bytes": peak_host_memory(), **disk, **draw(model, *args.size)}
+    result = {"load_s": load_s, "load_peak_bytes": peak_host_memory(), **disk}
+    result["runs"] = {"a picture": draw(model, *args.size), "an answer": answer(model, tokens(*args.size))}
     result["peak_bytes"] = peak_host_memory()
     rates = [rate for found in (before, limits(threads)) for rate in found["read_bytes_per_s"].values()]
     result["read_bytes_per_s"] = max(rates)
@@ -175,40 +177,60 @@ def evict(files):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def tokens(height, width):
+    return height * (width + 1) + 3  # after each row an end of line; the ends of frame, picture and sequence
+
+
 def draw(model, height, width):
-    """Greedy, with guidance, step by step: seconds of the first pass, which reads the prompts, and of a later one."""
+    """Greedy, with guidance, step by step: two rows of a batch, and only the visual rows of the head."""
     from paddlemix.models.emu3 import ImageGrammar, generate_images
     from paddlemix.models.emu3.generation_emu3 import Sampling
 
-    c, rng, times = model.config, np.random.default_rng(0), [time.perf_counter()]
+    c, times = model.config, [time.perf_counter()]
     grammar = ImageGrammar(
         img=c.img_token_id, boi=c.boi_token_id, eoi=c.eoi_token_id, eol=c.eol_token_id, eof=c.eof_token_id,
         eos=c.eos_token_id, pad=c.pad_token_id, first_visual=151854, codebook_size=32768,
     )  # fmt: skip
-    prompts = [
-        [c.bos_token_id, *rng.integers(256, 100_000, n).tolist(), c.boi_token_id, c.img_token_id]
-        for n in (PROMPT, NEGATIVE_PROMPT)
-    ]
+    prompts = [[*words(c, n), c.boi_token_id, c.img_token_id] for n in (PROMPT, NEGATIVE_PROMPT)]
     pictures = generate_images(
         model, prompts[:1], [(height, width)], grammar, prompts[1:], sampling=Sampling(top_k=1), decoding="step",
         on_tokens=lambda count: times.append(time.perf_counter()),
     )  # fmt: skip
-    passes = pictures.forward_passes
+    cached = len(prompts[1]) + height * (width + 1) / 2
     return {
-        "codes": height * width, "distinct": len(np.unique(pictures.codes[0])), "prompt_s": times[1] - times[0],
-        "seconds": times[-1] - times[0], "pass_s": (times[passes] - times[1]) / (passes - 1),
-        "pass_bytes": pass_bytes(model, len(prompts[1]) + height * (width + 1) / 2, grammar.codebook_size),
-    }  # fmt: skip
+        "distinct": len(np.unique(pictures.codes[0])),
+        "pass_bytes": pass_bytes(model, 2, cached, grammar.codebook_size),
+        **seconds(times[: pictures.forward_passes + 1]),
+    }
 
 
-def pass_bytes(model, tokens, visual_tokens):
-    """Bytes that a pass must read: the layers, the visual rows of the head, keys and values of two rows."""
+def answer(model, count):
+    """Text: one row, and the whole head."""
+    from paddlemix.models.emu3.generation_emu3 import generate_text
+
+    c, times = model.config, [time.perf_counter()]
+    for _ in generate_text(model, [words(c, PROMPT)], count):
+        times.append(time.perf_counter())
+    return {"pass_bytes": pass_bytes(model, 1, PROMPT + count / 2, c.vocab_size), **seconds(times)}
+
+
+def words(config, count):
+    return [config.bos_token_id, *np.random.default_rng(0).integers(256, 100_000, count).tolist()]
+
+
+def seconds(times):
+    """Of the first pass, which reads the prompts, and of a later one."""
+    return {"prompt_s": times[1] - times[0], "pass_s": (times[-1] - times[1]) / (len(times) - 2)}
+
+
+def pass_bytes(model, rows, cached, head_rows):
+    """Bytes that a pass must read: the layers, rows of the head, keys and values of the cached tokens."""
     state = {name: t.element_size() * math.prod(t.shape) for name, t in model.state_dict().items()}
     layers = sum(size for name, size in state.items() if name.startswith("model.layers."))
     head = sum(size for name, size in state.items() if name.startswith("lm_head."))
     c, itemsize = model.config, model.make_cache(1, 1).keys[0].element_size()
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * itemsize
-    return int(layers + head * visual_tokens / c.vocab_size + 2 * tokens * kv)
+    return int(layers + head * head_rows / c.vocab_size + rows * cached * kv)
 
 
 def loading(r):
@@ -216,26 +238,27 @@ def loading(r):
 
 
 def section(size, rows, peer=None):
-    text = (
-        "| | loaded from bfloat16 | from its own files | peak, loading | drawing | the prompts | a pass | passes/s "
-        "| the limit | reached |\n" + "|---" * 10 + "|\n"
-    )
+    text = "| | loaded from bfloat16 | from its own files | peak, loading | peak, running |\n" + "|---" * 5 + "|\n"
     for r in rows:
-        limit = r["pass_bytes"] / r["read_bytes_per_s"]
-        cells = [
-            r["dtype"], loading(r), loading(r["again"]), f"{r['load_peak_bytes'] / 1e9:.2f} GB",
-            f"{r['peak_bytes'] / 1e9:.2f} GB", f"{r['prompt_s']:.1f} s", f"{r['pass_s']:.3f} s",
-            f"{1 / r['pass_s']:.2f}", f"{limit:.3f} s", f"{limit / r['pass_s']:.0%}",
-        ]  # fmt: skip
-        text += "| " + " | ".join(cells) + " |\n"
-    rates = ", ".join(f"{r['pass_bytes'] / 1e9:.2f} GB at {r['read_bytes_per_s'] / 1e9:.1f} GB/s" for r in rows)
-    tokens = size[0] * (size[1] + 1) + 3
+        peaks = (f"{r[name] / 1e9:.2f} GB" for name in ("load_peak_bytes", "peak_bytes"))
+        text += f"| {' | '.join([r['dtype'], loading(r), loading(r['again']), *peaks])} |\n"
+    text += "\n| | the prompts | a pass | passes/s | a pass reads | at | the limit | reached |\n" + "|---" * 8 + "|\n"
+    for r in rows:
+        for name, run in r["runs"].items():
+            rate = r["read_bytes_per_s"]
+            limit = run["pass_bytes"] / rate
+            cells = [
+                f"{r['dtype']}, {name}", f"{run['prompt_s']:.1f} s", f"{run['pass_s']:.3f} s",
+                f"{1 / run['pass_s']:.2f}", f"{run['pass_bytes'] / 1e9:.2f} GB", f"{rate / 1e9:.1f} GB/s",
+                f"{limit:.3f} s", f"{limit / run['pass_s']:.0%}",
+            ]  # fmt: skip
+            text += f"| {' | '.join(cells)} |\n"
     text += f"""
-`benchmarks/released.py`: random weights of the released layout, one picture of {size[0]} x {size[1]} codes ({tokens}
-tokens) with guidance, two rows of a batch, step by step. A pass draws a code; the limit is what it must read
-({rates}). The peaks are the process's, by the operating system's count. Loading is from the
-disk, none of the files in the system's cache; in brackets what reading them alone would take at the rate measured just
-before.
+`benchmarks/released.py`: random weights of the released layout. A picture: {size[0]} x {size[1]} codes
+({tokens(*size)} tokens) with guidance, two rows of a batch, step by step; a pass draws a code, of the visual rows of
+the head. An answer: as many tokens, one row, all of the head. The peaks are the process's, by the operating system's
+count. Loading is from the disk, none of the files in the system's cache; in brackets what reading them alone would
+take at the rate measured just before.
 """
     if peer:
         versions = " with ".join(f"{name} {version}" for name, version in reversed(peer["versions"].items()))

@@ -179,7 +179,18 @@ def test_bytes_of_a_quantized_pass(tmp_path):
     model = Emu3ForCausalLM.from_pretrained(write_checkpoint(tmp_path, "language_model"), dtype="int8")
     layer = [(64, 64), (16, 64), (16, 64), (64, 64), (160, 64), (160, 64), (64, 160)]
     layers = 3 * (sum(out * (into + 4) for out, into in layer) + 2 * 4 * 64)
-    assert released.pass_bytes(model, 10, 128) == layers + 128 * (64 + 4) + 2 * 10 * (2 * 3 * 16 * 2)
+    assert released.pass_bytes(model, 2, 10, 128) == layers + 128 * (64 + 4) + 2 * 10 * (2 * 3 * 16 * 2)
+
+
+def test_tables_of_the_released_size():
+    runs = {"a picture": {"prompt_s": 9.0, "pass_s": 0.25, "pass_bytes": 4e9},
+            "an answer": {**released.seconds([0.0, 3.0, 3.5, 4.0]), "pass_bytes": 5e9}}  # fmt: skip
+    disk = {"load_s": 30.0, "load_peak_bytes": 6e9, "file_bytes": 10e9, "disk_bytes_per_s": 1e9}
+    row = {"dtype": "int4", **disk, "peak_bytes": 7e9, "read_bytes_per_s": 20e9, "runs": runs, "again": disk}
+    lines = released.section([16, 31], [row]).splitlines()
+    assert "| int4 | 30 s (10 s) | 30 s (10 s) | 6.00 GB | 7.00 GB |" in lines
+    assert "| int4, a picture | 9.0 s | 0.250 s | 4.00 | 4.00 GB | 20.0 GB/s | 0.200 s | 80% |" in lines
+    assert "| int4, an answer | 3.0 s | 0.500 s | 2.00 | 5.00 GB | 20.0 GB/s | 0.250 s | 50% |" in lines
 
 
 def test_random_weights_of_the_released_size():
