@@ -8,16 +8,23 @@
 #include <atomic>
 #include <cstdint>
 
-// Calls f(begin, end) for pieces of [0, count); each thread takes the next one when it is done. Paddle's OpenMP runtime
-// lacks what GCC makes of schedule(dynamic), so the count is kept here. `work`: multiplications.
+// Calls f(begin, end) for parts of [0, count), each of some pieces; a thread takes the next one when it is done. Large
+// parts come first, since a thread reads memory best where it goes on, and then smaller ones, so that all end together.
+// Paddle's OpenMP runtime lacks what GCC makes of schedule(guided), so the count is kept here. `work`: multiplications.
 template <class F>
 void in_parallel(int64_t count, int64_t piece, int64_t work, F f) {
   constexpr int64_t LEAST_WORK = 1 << 17;  // less is not worth a second thread
-  if (work <= LEAST_WORK || count <= piece || omp_get_max_threads() == 1) {
+  const int64_t threads = omp_get_max_threads();
+  if (work <= LEAST_WORK || count <= piece || threads == 1) {
     if (count > 0) f(0, count);
     return;
   }
   std::atomic<int64_t> next{0};
 #pragma omp parallel
-  for (int64_t begin; (begin = next.fetch_add(piece)) < count;) f(begin, std::min(begin + piece, count));
+  for (int64_t begin = next; begin < count;) {
+    const int64_t pieces = std::max<int64_t>(1, (count - begin) / (2 * threads * piece));
+    if (!next.compare_exchange_weak(begin, begin + pieces * piece)) continue;  // begin is now where the others are
+    f(begin, std::min(begin + pieces * piece, count));
+    begin = next;
+  }
 }

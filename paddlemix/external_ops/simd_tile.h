@@ -25,16 +25,15 @@ struct Sums {
   }
 
   SIMD_TARGET inline __attribute__((always_inline)) void total(float (&out)[R][O]) const {
-    for (int r = 0; r < R; ++r)
-      if constexpr (O == 4) {
-        sum4(of[r][0], of[r][1], of[r][2], of[r][3], out[r]);
-      } else {
-        for (int o = 0; o < O; ++o) {
-          float four[4];
-          sum4(of[r][o], fill(0), fill(0), fill(0), four);
-          out[r][o] = four[0];
-        }
+    for (int r = 0; r < R; ++r) {
+      int o = 0;
+      for (; o + 4 <= O; o += 4) sum4(of[r][o], of[r][o + 1], of[r][o + 2], of[r][o + 3], out[r] + o);
+      for (; o < O; ++o) {
+        float four[4];
+        sum4(of[r][o], fill(0), fill(0), fill(0), four);
+        out[r][o] = four[0];
       }
+    }
   }
 };
 
