@@ -29,6 +29,7 @@ DTYPES = {
 # how config.json tells that the linear layers are quantized; a group is of inputs, -1 all of an output's
 QUANTIZATIONS = {"int8": {"bits": 8, "group_size": -1}, "int4": {"bits": 4, "group_size": 128}}
 RELEASE_BYTES = 64 << 20  # pages read are handed back to the system after so many bytes
+AHEAD_BYTES = 64 << 20  # what the system is asked for before it is read: by itself it fetches small pieces of a map
 CHUNK_BYTES = 8 << 20
 HUB_TIMEOUT = 15  # seconds that the hub may be silent
 MINI = "emu3-mini"  # this name is always the small checkpoint that comes with the package; a folder is ./emu3-mini
@@ -159,7 +160,7 @@ class SafetensorsFile:
             self.offsets[name] = offset
             self.sizes[name] = math.prod(self.shapes[name]) * np.dtype(DTYPES[self.dtypes[name]]).itemsize
             offset += self.sizes[name]
-        self.released = 0
+        self.asked = self.released = 0
 
     def read(self, name, dtype, on_bytes=lambda n: None):
         """The tensor as a new numpy array of `dtype`.
@@ -204,6 +205,7 @@ class SafetensorsFile:
         step = max(1, CHUNK_BYTES // (source.itemsize * multiple)) * multiple
         for start in range(0, source.size, step):
             chunk = source[start : start + step]
+            self._ask(self.offsets[name] + start * source.itemsize)
             self._check_range(name, chunk, dtype)
             yield start, chunk
             on_bytes(chunk.nbytes)
@@ -230,6 +232,15 @@ class SafetensorsFile:
             raise InputError(f"{self.path}: tensor {name} holds NaN or infinity: download the file again")
         if dtype == np.float16 and largest >= 65520:
             raise InputError(f"{self.path}: tensor {name} holds numbers too large for float16: take bfloat16")
+
+    def _ask(self, start):
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        end, start = min(start + AHEAD_BYTES, len(self.map)), max(start, self.asked)
+        start -= start % mmap.PAGESIZE
+        if end > start:
+            self.map.madvise(mmap.MADV_WILLNEED, start, end - start)
+            self.asked = end
 
     def _release(self, end):
         if not hasattr(mmap, "MADV_DONTNEED"):  # not every system has it; memory is then freed on closing
