@@ -22,9 +22,9 @@ void in_parallel(int64_t count, int64_t piece, int64_t work, F f) {
   std::atomic<int64_t> next{0};
 #pragma omp parallel
   for (int64_t begin = next; begin < count;) {
-    const int64_t pieces = std::max<int64_t>(1, (count - begin) / (2 * threads * piece));
-    if (!next.compare_exchange_weak(begin, begin + pieces * piece)) continue;  // begin is now where the others are
-    f(begin, std::min(begin + pieces * piece, count));
+    const int64_t end = begin + piece * std::max<int64_t>(1, (count - begin) / (2 * threads * piece));
+    if (!next.compare_exchange_weak(begin, end)) continue;  // begin is now where the others are
+    f(begin, std::min(end, count));
     begin = next;
   }
 }

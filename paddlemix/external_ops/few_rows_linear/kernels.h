@@ -74,8 +74,7 @@ template <int R, class T>
 SIMD_TARGET void stream_tile(const Problem& p, int64_t row, int64_t begin, int64_t end) {
   constexpr int OUTS = tile_outs<T>(R);
   if (begin + OUTS == end) return stream_any<R, OUTS, T>(p, row, begin);
-  if constexpr (OUTS > TILE_OUTS)
-    for (; begin + TILE_OUTS <= end; begin += TILE_OUTS) stream_any<R, TILE_OUTS, T>(p, row, begin);
+  for (; begin + TILE_OUTS <= end; begin += TILE_OUTS) stream_any<R, TILE_OUTS, T>(p, row, begin);
   for (; begin < end; ++begin) stream_any<R, 1, T>(p, row, begin);
 }
 
