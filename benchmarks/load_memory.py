@@ -51,8 +51,8 @@ def write(directory):
 
 def load(directory, dtype):
     """In a process of its own: {parameters, seconds, peak_bytes, base_bytes (before the checkpoint is touched)}"""
+    from paddlemix.machine import peak_host_memory
     from paddlemix.models.emu3 import Emu3ForCausalLM
-    from paddlemix.utils import peak_host_memory
 
     base = peak_host_memory()
     start = time.perf_counter()

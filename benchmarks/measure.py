@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from paddlemix.utils import peak_host_memory
+from paddlemix.machine import peak_host_memory
 
 
 def timed(function, *arguments):

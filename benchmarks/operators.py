@@ -240,7 +240,7 @@ def attention(side, sizes):
     import paddle
 
     from paddlemix.external_ops.cached_attention import cached_attention
-    from paddlemix.models.emu3.attention import CACHE_BLOCK
+    from paddlemix.models.emu3.cache import CACHE_BLOCK
 
     rng = np.random.default_rng(0)
     for kind, cached in itertools.product(("float32", "bfloat16"), sizes.cached):

@@ -41,9 +41,9 @@ def main():
     warnings.simplefilter("ignore")  # Paddle's notices when it is imported
     import paddle
 
+    from paddlemix.machine import available_cores
     from paddlemix.models.emu3 import Emu3ForCausalLM
     from paddlemix.processors import Emu3Processor
-    from paddlemix.utils import available_cores
 
     paddle.set_device("cpu")
     paddle.base.core.set_num_threads(available_cores())

@@ -90,7 +90,7 @@ def write(directory):
     import paddle
 
     from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM
-    from paddlemix.models.emu3.checkpoint import write_safetensors
+    from paddlemix.models.emu3.safetensors_file import write_safetensors
 
     if (directory / "config.json").exists():  # comes last: with it all is there
         return
@@ -139,8 +139,8 @@ def measure(args):
     threads = len(os.sched_getaffinity(0))
     import paddle
 
+    from paddlemix.machine import peak_host_memory
     from paddlemix.models.emu3 import Emu3ForCausalLM
-    from paddlemix.utils import peak_host_memory
 
     paddle.base.core.set_num_threads(threads)
     disk = disk_rate(args.saved if args.work == "load" else args.directory)

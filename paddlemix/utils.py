@@ -20,12 +20,6 @@ class BatchFeature(dict):
             raise AttributeError(f"this batch has no {name!r}, only {sorted(self)}") from None
 
 
-def is_untouched(layer):
-    """Whether a Paddle layer is not in training, and nothing is hooked in or put in the place of its forward."""
-    hooked = layer._forward_pre_hooks or layer._forward_post_hooks or "forward" in vars(layer)
-    return not layer.training and not hooked
-
-
 def pad_rows(rows, pad, side="left", length=0):
     """Rows of ids -> (ids, mask), int64 arrays [rows, width]: padded to the longest row, or to `length` if longer.
 
@@ -72,25 +66,3 @@ class replacing:
                 os.replace(self.temporary, self.path)
         finally:
             Path(self.temporary).unlink(missing_ok=True)
-
-
-def peak_host_memory():
-    """Bytes that this process had in memory at most."""
-    try:  # on Linux: getrusage tells the parent's peak where that was higher
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        import resource
-        import sys
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def available_cores():
-    """Cores that this process may use: its affinity, less where the container's quota is less."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores

@@ -21,7 +21,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, Emu3VisionVQModel, checkpoint
+from paddlemix import machine
+from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, Emu3VisionVQModel, checkpoint, safetensors_file
 
 DATA = golden("language_model.npz")
 IDS = paddle.to_tensor(DATA["plain_ids"])
@@ -84,12 +85,12 @@ def test_dtype_as_paddle_names_it(directory):
 
 def test_a_large_tensor_is_read_in_parts(tmp_path, monkeypatch):
     """Odd ends, and memory handed back in between."""
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 10_000)
-    monkeypatch.setattr(checkpoint, "RELEASE_BYTES", 1 << 16)
+    monkeypatch.setattr(safetensors_file, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(safetensors_file, "RELEASE_BYTES", 1 << 16)
     x = np.random.RandomState(0).standard_normal([1003, 517]).astype("float32")
     scalar = np.array(7, dtype="int64")
     save_file({"a": x, "b": scalar, "c": x + 1}, tmp_path / "x.safetensors")
-    file = checkpoint.SafetensorsFile(tmp_path / "x.safetensors")
+    file = safetensors_file.SafetensorsFile(tmp_path / "x.safetensors")
     read = []
     np.testing.assert_array_equal(file.read("c", "float32", on_bytes=read.append), x + 1)
     np.testing.assert_array_equal(file.read("a", "float16"), x.astype("float16"))
@@ -174,7 +175,7 @@ def test_a_save_that_is_cut_off_leaves_the_earlier_one(directory, tmp_path, monk
     model.save_pretrained(tmp_path / "out", max_shard_bytes=100_000)
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     model.model.norm.weight.set_value(model.model.norm.weight + 1)
-    whole, calls = checkpoint._to_array, []
+    whole, calls = checkpoint.to_array, []
 
     def cut_off(tensor):
         calls.append(1)
@@ -182,7 +183,7 @@ def test_a_save_that_is_cut_off_leaves_the_earlier_one(directory, tmp_path, monk
             raise error
         return whole(tensor)
 
-    monkeypatch.setattr(checkpoint, "_to_array", cut_off)
+    monkeypatch.setattr(checkpoint, "to_array", cut_off)
     with pytest.raises(type(error)):
         model.save_pretrained(tmp_path / "out", max_shard_bytes=100_000)
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
@@ -327,16 +328,16 @@ def test_a_container_counts_files_that_were_read_as_free(tmp_path, monkeypatch):
     files = "inactive_file 9000\nactive_file 5000"
     for name, text in {"memory.max": "16000", "memory.current": "15000", "memory.stat": f"anon 1\n{files}"}.items():
         (group / name).write_text(text)
-    monkeypatch.setattr(checkpoint, "Path", lambda path: group if path == "/sys/fs/cgroup" else path)
-    assert checkpoint.available_memory() == 16000 - 1000
+    monkeypatch.setattr(machine, "Path", lambda path: group if path == "/sys/fs/cgroup" else path)
+    assert machine.available_memory() == 16000 - 1000
     (group / "memory.max").write_text("max")
-    assert checkpoint.available_memory() > 10**6
+    assert machine.available_memory() > 10**6
 
 
 def test_not_enough_memory(directory, monkeypatch):
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(machine, "available_memory", lambda: 100_000)
     refuse(directory, "GB of memory in float32")
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: 10**10)
+    monkeypatch.setattr(machine, "available_memory", lambda: 10**10)
     with pytest.raises(ValueError, match="GB of memory for the keys and values of 100000000 tokens"):
         load(directory).make_cache(1, 100_000_000)
 
@@ -397,9 +398,9 @@ def test_a_hub_that_does_not_answer(tmp_path):
     """A server that takes the connection and says nothing: an error within seconds, not never."""
     server = socket.create_server(("127.0.0.1", 0))
     script = (
-        "import time; from paddlemix.models.emu3 import checkpoint; checkpoint.HUB_TIMEOUT = 1; start = time.time()\n"
-        "try: checkpoint.fetch('BAAI/Emu3-Gen', ['config.json'])\n"
-        "except checkpoint.InputError as error: print(error)\n"
+        "import time; from paddlemix.models.emu3 import hub; hub.HUB_TIMEOUT = 1; start = time.time()\n"
+        "try: hub.fetch('BAAI/Emu3-Gen', ['config.json'])\n"
+        "except hub.InputError as error: print(error)\n"
         "assert time.time() - start < 20"
     )
     env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HOME": str(tmp_path)}
@@ -435,7 +436,7 @@ def test_hub_errors_are_one_line(monkeypatch):
 
 def test_memory_of_the_released_model_is_told_before_anything_is_read(tmp_path, monkeypatch):
     Emu3Config().save_pretrained(tmp_path)
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: 30 * 10**9)
+    monkeypatch.setattr(machine, "available_memory", lambda: 30 * 10**9)
     sizes = golden("layout-Emu3-8B.json").values()
     expected = f"{4 * sum(map(math.prod, sizes)) / 1e9:.1f} GB"
     assert re.fullmatch(r"3\d\.\d GB", expected)

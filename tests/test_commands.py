@@ -558,7 +558,7 @@ def test_a_picture_that_memory_does_not_hold(command, folder, checkpoints, monke
     path = folder / "large" / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "min_pixels": 4096**2, "max_pixels": 5000**2}))
     free = 10**9
-    monkeypatch.setattr("paddlemix.models.emu3.checkpoint.available_memory", lambda: free)
+    monkeypatch.setattr("paddlemix.machine.available_memory", lambda: free)
     refused(command("autoencode.py", "--model_path=large"), folder, "GB of memory for", "pixels at once")
 
 
@@ -584,7 +584,7 @@ def test_a_damaged_checkpoint(command, folder, checkpoints):
 
 
 def test_not_enough_memory(command, folder, monkeypatch):
-    monkeypatch.setattr("paddlemix.models.emu3.checkpoint.available_memory", lambda: 10**6)
+    monkeypatch.setattr("paddlemix.machine.available_memory", lambda: 10**6)
     refused(see(command), folder, "GB of memory", "free")
 
 

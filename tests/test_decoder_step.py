@@ -9,7 +9,7 @@ from conftest import relative_error
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.decoder_step import decoder_step
 from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, modeling_emu3
-from paddlemix.models.emu3.attention import KVCache
+from paddlemix.models.emu3.cache import KVCache
 from paddlemix.utils import InputError
 
 pytestmark = pytest.mark.skipif(operators() is None, reason="the operators are not built: make ops")

@@ -7,7 +7,9 @@ import pytest
 from conftest import golden, relative_error
 
 from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, Emu3Model, attention
+from paddlemix.models.emu3 import cache as cache_module
 from paddlemix.models.emu3 import modeling_emu3 as modeling
+from paddlemix.models.emu3.linear import linear
 
 DATA = golden("language_model.npz")
 IDS, MASK = paddle.to_tensor(DATA["padded_ids"]), paddle.to_tensor(DATA["padded_mask"])
@@ -67,7 +69,7 @@ def test_in_pieces_through_the_cache(language_model):
 
 
 def test_a_cache_takes_its_room_in_blocks(language_model, monkeypatch):
-    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
+    monkeypatch.setattr(cache_module, "CACHE_BLOCK", 8)
     cache, rooms = language_model.make_cache(2, 20), []
     pieces = []
     for a, b in [(0, 7), (7, 8), (8, 9), (9, 20)]:
@@ -174,7 +176,7 @@ def test_generate_refuses_embeddings(language_model):
 def test_linear_of_few_rows_and_many(shape):
     rng = np.random.RandomState(0)
     x, weight = rng.standard_normal([*shape, 16]), rng.standard_normal([24, 16])
-    y = modeling.linear(paddle.to_tensor(x, "float32"), paddle.to_tensor(weight, "float32"))
+    y = linear(paddle.to_tensor(x, "float32"), paddle.to_tensor(weight, "float32"))
     assert relative_error(y.numpy(), x @ weight.T) < 1e-5
 
 

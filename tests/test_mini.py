@@ -19,7 +19,7 @@ from evaluate import compare
 from recognise import recognise
 from world import CANVASES, COLOURS, NUMBERS, SHAPES, caption, held_out, questions, random_scene, relation, render
 
-from paddlemix.models.emu3.checkpoint import MINI_DIRECTORY
+from paddlemix.models.emu3.hub import MINI_DIRECTORY
 from paddlemix.utils import InputError
 
 SCENE = ROOT / "paddlemix" / "demo_images" / "emu3_scene.png"

@@ -12,9 +12,18 @@ from conftest import golden, golden_weights, relative_error, write_checkpoint
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from paddlemix import external_ops
+from paddlemix import external_ops, machine
 from paddlemix.external_ops import few_rows_linear
-from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, Emu3Model, Emu3Tokenizer, Emu3VisionVQModel, checkpoint
+from paddlemix.models.emu3 import (
+    Emu3Config,
+    Emu3ForCausalLM,
+    Emu3Model,
+    Emu3Tokenizer,
+    Emu3VisionVQModel,
+    checkpoint,
+    linear,
+    safetensors_file,
+)
 
 DATA = golden("language_model.npz")
 IDS = paddle.to_tensor(DATA["plain_ids"])
@@ -67,7 +76,7 @@ def logits_of(model, ids=IDS):
 
 
 def state_of(model):
-    return {name: checkpoint._to_array(t) for name, t in model.state_dict().items()}
+    return {name: checkpoint.to_array(t) for name, t in model.state_dict().items()}
 
 
 # --- what is stored
@@ -97,7 +106,7 @@ def test_weights_are_the_nearest_levels(language_dir, dtype, bits):
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_quantized_while_it_is_read_or_afterwards(tmp_path, monkeypatch, stored, dtype):
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 5000)  # some rows at a time; the widest row alone
+    monkeypatch.setattr(safetensors_file, "CHUNK_BYTES", 5000)  # some rows at a time; the widest row alone
     weights = {name: w.astype(stored) for name, w in golden_weights("language_model").items()}
     state = state_of(load(write_checkpoint(tmp_path, "language_model", weights), dtype))
     kept = {"float32": "float32", "float64": "float32"}.get(stored, stored)
@@ -112,16 +121,16 @@ def test_quantized_while_it_is_read_or_afterwards(tmp_path, monkeypatch, stored,
 
 def test_never_whole_in_memory(language_dir, monkeypatch):
     """The float weights are seen a few kilobytes at a time."""
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(safetensors_file, "CHUNK_BYTES", 5000)
     seen, quantize = [], few_rows_linear.quantize
-    monkeypatch.setattr(few_rows_linear, "quantize", lambda w, bits: seen.append(w.numpy().nbytes) or quantize(w, bits))
-    read = checkpoint.SafetensorsFile.read
+    monkeypatch.setattr(linear, "quantize", lambda w, bits: seen.append(w.numpy().nbytes) or quantize(w, bits))
+    read = safetensors_file.SafetensorsFile.read
 
     def read_floats(self, name, *more):
         assert not is_quantized(name)
         return read(self, name, *more)
 
-    monkeypatch.setattr(checkpoint.SafetensorsFile, "read", read_floats)
+    monkeypatch.setattr(safetensors_file.SafetensorsFile, "read", read_floats)
     load(language_dir, "int4")
     quantized = {name: w for name, w in golden_weights("language_model").items() if is_quantized(name)}
     assert max(seen) <= 5000 and sum(seen) == sum(w.nbytes for w in quantized.values())
@@ -272,7 +281,7 @@ def test_a_file_is_written_as_the_library_reads_it(tmp_path):
         "d": np.ones([2, 3], ml_dtypes.bfloat16), "e": np.zeros([0, 4], np.float32), "f": np.eye(3, dtype=np.float32),
     }  # fmt: skip
     layout = {name: (a.dtype.name, a.shape) for name, a in arrays.items()}
-    checkpoint.write_safetensors(tmp_path / "x.safetensors", layout, arrays.get)
+    safetensors_file.write_safetensors(tmp_path / "x.safetensors", layout, arrays.get)
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
@@ -350,7 +359,7 @@ def test_not_finite(tmp_path, bad, stored):
 def test_memory_of_the_released_model(tmp_path, monkeypatch):
     """int8 takes a byte a weight and 4 an output, int4 half a byte and 4 a group of 128 weights; the rest 2 bytes."""
     Emu3Config().save_pretrained(tmp_path)
-    monkeypatch.setattr(checkpoint, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(machine, "available_memory", lambda: 10**9)
     shapes = golden("layout-Emu3-8B.json")
     for dtype in ("int8", "int4"):
         size = 0

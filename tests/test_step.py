@@ -9,7 +9,7 @@ import paddle
 import pytest
 from test_generation import DATA, GRAMMAR, NEGATIVE, PROMPTS, unpadded
 
-from paddlemix.models.emu3 import Emu3ForCausalLM, attention, generate_images, generate_text, modeling_emu3
+from paddlemix.models.emu3 import Emu3ForCausalLM, cache, generate_images, generate_text, modeling_emu3
 from paddlemix.models.emu3 import generation_emu3 as generation
 from paddlemix.models.emu3.generation_emu3 import Sampling
 
@@ -19,7 +19,7 @@ TENSORS = "feed", "past", "noise", "allowed", "picked"
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
+    monkeypatch.setattr(cache, "CACHE_BLOCK", 8)
 
 
 @contextlib.contextmanager
@@ -110,7 +110,7 @@ def test_scaled_positions(language_dir, monkeypatch, scaling):
     assert recorder.replays
 
 
-class Returned(attention.CacheAt):
+class Returned(cache.CacheAt):
     """Gives keys and values back: a program of Paddle's may not write into its inputs."""
 
     def write(self, layer, key, value):
@@ -127,7 +127,7 @@ def test_a_step_traced_once_is_replayed(language_model, monkeypatch):
     monkeypatch.setattr("paddlemix.external_ops.few_rows_linear.operators", lambda: None)
     monkeypatch.setattr("paddlemix.external_ops.operators", lambda: None)
     monkeypatch.setattr(modeling_emu3, "CacheAt", Returned)
-    monkeypatch.setattr(attention, "CACHE_BLOCK", 64)
+    monkeypatch.setattr(cache, "CACHE_BLOCK", 64)
     traces, runs = [], []
 
     def replay(step, run):

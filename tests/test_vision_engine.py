@@ -15,8 +15,8 @@ from conftest import golden, relative_error
 
 from paddlemix import external_ops
 from paddlemix.external_ops import winograd
+from paddlemix.machine import available_cores
 from paddlemix.models.emu3 import Emu3VisionVQConfig, Emu3VisionVQModel, onednn, vision_engine
-from paddlemix.utils import available_cores
 
 DATA = golden("vision_tokenizer.npz")
 CONFIGS = {

@@ -10,9 +10,10 @@ import pytest
 from conftest import golden, relative_error
 
 from paddlemix.external_ops.few_rows_linear import dequantize, quantize
-from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, checkpoint, weight_only
+from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, checkpoint, linear
+from paddlemix.models.emu3.linear import WeightOnlyLinear, quant
 from paddlemix.models.emu3.modeling_emu3 import Emu3Linear
-from paddlemix.models.emu3.weight_only import WeightOnlyLinear, quant
+from paddlemix.paddle_private import to_tensor
 from paddlemix.utils import InputError
 
 IDS = paddle.to_tensor(golden("language_model.npz")["plain_ids"])
@@ -50,8 +51,8 @@ def card(monkeypatch):
     monkeypatch.setattr(quant, "weight_only_linear", weight_only_linear)
     monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
     monkeypatch.setattr(checkpoint, "require_memory", lambda *_: None)
-    share = checkpoint._to_tensor  # without its copy to a card
-    monkeypatch.setattr(checkpoint, "_share", lambda array, to: share(array)._share_underline_tensor_to(to))
+    for module in (checkpoint, linear):  # without its copy to a card
+        monkeypatch.setattr(module, "share", lambda array, to: to_tensor(array)._share_underline_tensor_to(to))
 
 
 def a_layer(dtype, in_features=256, out_features=48):
@@ -116,7 +117,7 @@ def test_first_weights_go_with_their_layer(card, language_dir, monkeypatch):
         alive.append(sum(layer() is not None for layer in seen))
         return WeightOnlyLinear(linear, dtype)
 
-    monkeypatch.setattr(weight_only, "WeightOnlyLinear", count)
+    monkeypatch.setattr(linear, "WeightOnlyLinear", count)
     Emu3ForCausalLM.from_pretrained(language_dir, "int8")
     assert len(alive) > 10 and max(alive) <= 2
 

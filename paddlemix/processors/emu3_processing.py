@@ -84,7 +84,7 @@ class Emu3Processor:
             InputError: files missing or damaged, or two checkpoints that do not belong together.
         """
         from paddlemix.models.emu3 import Emu3Tokenizer, Emu3VisionVQModel
-        from paddlemix.models.emu3.checkpoint import matching_vision_tokenizer
+        from paddlemix.models.emu3.hub import matching_vision_tokenizer
 
         from .image_processing_emu3 import Emu3VisionVQImageProcessor
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from paddlemix.models.emu3.checkpoint import fetch
+from paddlemix.models.emu3.hub import fetch
 from paddlemix.utils import BatchFeature, InputError, write_atomically
 
 CONFIG_NAME = "preprocessor_config.json"

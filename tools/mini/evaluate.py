@@ -136,9 +136,9 @@ def main(args):
     warnings.simplefilter("ignore")  # Paddle's notices when it is imported
     import paddle
 
+    from paddlemix.machine import available_cores
     from paddlemix.models.emu3 import Emu3ForCausalLM
     from paddlemix.processors import Emu3Processor
-    from paddlemix.utils import available_cores
 
     if paddle.get_device() == "cpu":
         paddle.base.core.set_num_threads(available_cores())

@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from paddlemix.utils import InputError, available_cores, peak_host_memory, replacing, write_atomically
+from paddlemix.machine import available_cores, peak_memory
+from paddlemix.paddle_private import set_num_threads
+from paddlemix.utils import InputError, replacing, write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -147,7 +149,7 @@ def _check_outputs(args):
 
 def _settle_models(args):
     """The vision tokenizer where none is named, and what emu3-mini means where a folder has that name, too."""
-    from paddlemix.models.emu3.checkpoint import MINI, matching_vision_tokenizer
+    from paddlemix.models.emu3.hub import MINI, matching_vision_tokenizer
 
     if getattr(args, "vq_model_path", "") is None:
         args.vq_model_path = matching_vision_tokenizer(args.model_path)
@@ -168,7 +170,7 @@ def _start_paddle(args):
 
     paddle.disable_signal_handler()  # it prints a C++ traceback when the process is asked to end
     if not threads_are_chosen:
-        paddle.base.core.set_num_threads(available_cores())
+        set_num_threads(available_cores())
     try:
         paddle.set_device(args.device or ("gpu" if paddle.device.cuda.device_count() else "cpu"))
     except (ValueError, RuntimeError):
@@ -341,15 +343,6 @@ def write_stats(args, **stats):
         stats = {k: round(v, 4) if isinstance(v, float) else v for k, v in stats.items()}
         stats["peak_memory_mb"] = round(peak_memory() / 2**20, 1)
         write_atomically(args.stats_json, json.dumps(stats, indent=2) + "\n")
-
-
-def peak_memory():
-    """Bytes: the card's peak where a card computes, else this process's."""
-    import paddle
-
-    if paddle.get_device() != "cpu":
-        return paddle.device.cuda.max_memory_allocated()
-    return peak_host_memory()
 
 
 def wrote(paths):

@@ -11,7 +11,11 @@ from pathlib import Path
 
 from paddlemix.utils import InputError, write_atomically
 
-from .checkpoint import CONFIG_NAME, QUANTIZATIONS, fetch
+from .hub import fetch
+
+CONFIG_NAME = "config.json"
+# how config.json says that the linear layers are quantized; a group is of inputs, -1 all of an output's
+QUANTIZATIONS = {"int8": {"bits": 8, "group_size": -1}, "int4": {"bits": 4, "group_size": 128}}
 
 
 class _Config:
@@ -123,7 +127,7 @@ class Emu3Config(_Config):
     rope_theta = 1_000_000.0
     rope_scaling = None
     attention_dropout = 0.1
-    quantization_config = None  # of the linear layers: one of checkpoint.QUANTIZATIONS
+    quantization_config = None  # of the linear layers: one of QUANTIZATIONS
 
     # what PaddleNLP's `generate` asks of any configuration
     is_encoder_decoder = False

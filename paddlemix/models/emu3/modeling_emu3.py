@@ -5,64 +5,25 @@ A Llama-style decoder (Emu3: arXiv 2409.18869, section 2.3): RMSNorm before each
 grouped-query attention, SwiGLU. Parameter names are the released checkpoint's.
 """
 
-import math
-
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 from paddle.distributed.fleet.utils import recompute
-from paddlenlp.generation import GenerationConfig, GenerationMixin
 from paddlenlp.transformers.model_outputs import CausalLMOutputWithPast
 
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.decoder_step import decoder_step
-from paddlemix.external_ops.few_rows_linear import FEW_ROWS, few_rows_linear
+from paddlemix.external_ops.few_rows_linear import FEW_ROWS
 from paddlemix.external_ops.fused_ln import fused_rms_norm
-from paddlemix.utils import InputError, is_untouched
+from paddlemix.paddle_private import is_untouched
+from paddlemix.utils import InputError
 
-from .attention import CacheAt, KVCache, Mask, Rotary, allowed_keys, attend, count_positions
-from .checkpoint import QUANTIZATIONS, CheckpointMixin, dtype_name
-from .configuration_emu3 import Emu3Config
-
-
-def linear(x, weight, scale=None):
-    """x [..., in] times weight [out, in] -> [..., out]. On a CPU the weight may be of fewer bits than x: bfloat16, or
-    int8 or int4 with its scale, as few_rows_linear takes them."""
-    if x.place.is_cpu_place() and x.dtype == paddle.float32:
-        return few_rows_linear(x, weight, scale)
-    return paddle.matmul(x, weight, transpose_y=True)
-
-
-class Emu3Linear(nn.Layer):
-    """A linear layer without bias whose weight is [out, in], as in the checkpoint.
-
-    Where config.quantization_config says so, it is int8 with a scale for each output, or int4 with a scale for each
-    output and group of inputs, two in a byte (few_rows_linear tells the order). On a GPU from_pretrained puts a
-    WeightOnlyLinear in its place then.
-    """
-
-    def __init__(self, config, in_features, out_features):
-        super().__init__()
-        self.in_features = in_features
-        dtype, shape, scales, self.weight_scale = "float32", [out_features, in_features], None, None
-        if config.quantized_dtype == "int8":
-            dtype, scales = "int8", [out_features]
-        elif config.quantized_dtype == "int4":
-            size = config.quantization_config["group_size"]
-            groups = math.ceil(in_features / size)
-            dtype, shape, scales = "uint8", [out_features, groups * size // 2], [out_features, groups]
-        initializer = _normal(config) if scales is None else nn.initializer.Constant(0)
-        self.weight = self.create_parameter(shape, dtype=dtype, default_initializer=initializer)
-        if scales:
-            self.weight_scale = self.create_parameter(scales, dtype="float32", default_initializer=initializer)
-            self.weight.stop_gradient = self.weight_scale.stop_gradient = True
-
-    def forward(self, x, rows=None):
-        """x [..., in] -> [..., out]; `rows`, a slice, takes these outputs alone."""
-        weight, scale = self.weight, self.weight_scale
-        if rows is not None:
-            weight, scale = weight[rows], None if scale is None else scale[rows]
-        return linear(x, weight, scale)
+from .attention import Mask, Rotary, allowed_keys, attend, count_positions
+from .cache import CacheAt, KVCache
+from .checkpoint import CheckpointMixin, dtype_name
+from .configuration_emu3 import QUANTIZATIONS, Emu3Config
+from .linear import Emu3Linear, normal, use_weight_only_kernels
+from .paddlenlp_generate import PaddleNLPGenerate, generation_config
 
 
 class Emu3RMSNorm(nn.Layer):
@@ -179,7 +140,7 @@ class Emu3Model(CheckpointMixin, nn.Layer):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, weight_attr=_normal(config))
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, weight_attr=normal(config))
         self.layers = nn.LayerList([Emu3DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = Emu3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.enable_recompute = False  # PaddleNLP's name for gradient checkpointing; its Trainer sets it
@@ -255,7 +216,7 @@ class Emu3Model(CheckpointMixin, nn.Layer):
         return self.norm(x)
 
 
-class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
+class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
     """The Transformer with its head. PaddleNLP's `generate` works on it; `generate_images` and
     `generate_text` in generation_emu3.py are the faster way."""
 
@@ -269,9 +230,7 @@ class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
         self.lm_head = Emu3Linear(config, config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.generation_config = GenerationConfig(
-            pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
-        )
+        self.generation_config = generation_config(config)
 
     @property
     def tied_weights(self):
@@ -285,6 +244,10 @@ class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
     def weight_dtype(self):
         """Of the linear layers: "float32", "float16", "bfloat16", "int8" or "int4"."""
         return self.config.quantized_dtype or dtype_name(self.lm_head.weight.dtype)
+
+    def settle(self):
+        if self.config.quantized_dtype and paddle.get_device() != "cpu":
+            use_weight_only_kernels(self)
 
     def get_input_embeddings(self):
         return self.model.embed_tokens
@@ -347,51 +310,6 @@ class Emu3ForCausalLM(CheckpointMixin, GenerationMixin, nn.Layer):
         )
         return output if return_dict else output.to_tuple()
 
-    # --- what PaddleNLP's generate calls
-
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, use_cache=True, **kwargs
-    ):
-        if kwargs.get("inputs_embeds") is not None:
-            raise InputError("generate takes input_ids and no inputs_embeds: pictures are token ids, too")
-        past = 0
-        if use_cache:
-            past_key_values = past_key_values or self.make_cache(input_ids.shape[0], input_ids.shape[1] + 64)
-            past = past_key_values.length
-        if attention_mask is not None:
-            attention_mask = _padding_mask(attention_mask)
-            attention_mask = None if bool(attention_mask.all()) else attention_mask
-        return {
-            "input_ids": input_ids[:, past:],
-            "attention_mask": attention_mask,
-            "position_ids": None if position_ids is None else position_ids[:, past:],
-            "past_key_values": past_key_values if use_cache else None,
-            "use_cache": use_cache,
-            "logits_to_keep": 1,
-        }
-
-    @staticmethod
-    def update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False):
-        model_kwargs["past_key_values"] = outputs.past_key_values
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None:
-            mask = _padding_mask(mask)
-            model_kwargs["attention_mask"] = paddle.concat([mask, paddle.ones_like(mask[:, :1])], axis=-1)
-        positions = model_kwargs.get("position_ids")
-        if positions is not None:
-            model_kwargs["position_ids"] = paddle.concat([positions, positions[:, -1:] + 1], axis=-1)
-        return model_kwargs
-
-    def get_logits_processor(self, logits_processors=None, **kwargs):
-        # PaddleNLP 3.0.0b3 iterates over its LogitsProcessorList here, which cannot be iterated
-        processors = super().get_logits_processor(**kwargs)
-        for processor in logits_processors._processors.values() if logits_processors is not None else ():
-            processors.append(processor)
-        return processors
-
-    def reorder_cache(self, cache, beam_idx):
-        return None if cache is None else cache.map(lambda x: x.index_select(beam_idx))
-
 
 def _input_shape(input_ids, inputs_embeds):
     """[batch, new] of the one that is given."""
@@ -403,20 +321,9 @@ def _input_shape(input_ids, inputs_embeds):
     return shape[:2]
 
 
-def _padding_mask(mask):
-    """PaddleNLP's masks of four axes, too, as int64 [batch, length]: what the last token may see."""
-    length = mask.shape[-1]
-    batch, new = mask.shape[0], mask.shape[2] if mask.ndim == 4 else 1
-    return allowed_keys(mask, batch, new, length)[:, 0, -1].astype("int64")
-
-
 def _next_token_loss(logits, labels):
     """Mean cross entropy of the labels that are not -100, in float32 of their rows alone."""
     labels = labels[:, 1:].flatten()
     rows = (labels != -100).nonzero().flatten()
     logits = logits[:, :-1].flatten(0, 1).index_select(rows).astype("float32")
     return F.cross_entropy(logits, labels.index_select(rows))
-
-
-def _normal(config):
-    return nn.initializer.Normal(0.0, config.initializer_range)

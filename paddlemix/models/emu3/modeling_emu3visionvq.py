@@ -14,10 +14,11 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from paddlemix.external_ops.nearest_codeword import nearest_codeword
+from paddlemix.machine import require_memory
 from paddlemix.utils import InputError
 
 from . import vision_engine
-from .checkpoint import CheckpointMixin, require_memory
+from .checkpoint import CheckpointMixin
 from .configuration_emu3 import Emu3VisionVQConfig
 
 

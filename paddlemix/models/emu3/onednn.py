@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from paddlemix.utils import available_cores
+from paddlemix.machine import available_cores
 
 LIBRARIES = Path(paddle.__file__).parent / "libs"
 

@@ -16,7 +16,7 @@ import tiktoken
 
 from paddlemix.utils import BatchFeature, InputError, pad_rows, write_atomically
 
-from .checkpoint import fetch
+from .hub import fetch
 
 VOCAB_FILE = "emu3.tiktoken"
 SPECIAL_TOKENS_FILE = "emu3_vision_tokens.txt"

@@ -15,7 +15,7 @@ from paddle import nn
 
 from paddlemix.external_ops import operators, winograd
 from paddlemix.external_ops.spatial_norm import spatial_norm
-from paddlemix.utils import is_untouched
+from paddlemix.paddle_private import convolution_settings, group_norm_settings, is_untouched
 
 from . import onednn
 
@@ -44,9 +44,9 @@ def _is_plain(layer):
     if not is_untouched(layer):
         return False
     if type(layer) is nn.Conv2D:  # stride 2 is the downsampling's, which pads by itself
-        pad = 0 if layer._stride == [2, 2] else layer._kernel_size[0] // 2
-        how = layer._padding, layer._padding_mode, layer._dilation, layer._groups, layer._data_format
-        return how == (pad, "zeros", [1, 1], 1, "NCHW") and layer.bias is not None
+        stride, *how = convolution_settings(layer)
+        pad = 0 if stride == [2, 2] else layer.weight.shape[-1] // 2
+        return how == [pad, "zeros", [1, 1], 1, "NCHW"] and layer.bias is not None
     return type(layer).__module__.startswith(__package__) or type(layer) in (nn.LayerList, nn.Dropout)
 
 
@@ -144,9 +144,9 @@ def _norm(norm, x, zq=None, silu=False):
         latent = ()
         if zq is not None:  # 1 x 1 convolutions of the latent, before each of its places becomes many pixels
             latent, norm = (_conv(norm.conv_y, zq)[0], _conv(norm.conv_b, zq)[0]), norm.norm_layer
-        return spatial_norm(x[0], norm.weight, norm.bias, norm._num_groups, norm._epsilon, *latent, silu=silu)[None]
+        return spatial_norm(x[0], norm.weight, norm.bias, *group_norm_settings(norm), *latent, silu=silu)[None]
     if zq is None:
-        return onednn.group_norm(x, norm.weight, norm.bias, norm._num_groups, norm._epsilon, silu)
+        return onednn.group_norm(x, norm.weight, norm.bias, *group_norm_settings(norm), silu)
     h = _norm(norm.norm_layer, x)
     times = h.shape[1] // zq.shape[1]
     rows = max(1, BAND // (times * h[0, 0].size))  # of the latent

@@ -1,0 +1,101 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The name of a checkpoint to the folder of its files: a directory, a hub name, or the checkpoint in the package."""
+
+import re
+from pathlib import Path
+
+from paddlemix.utils import InputError
+
+HUB_TIMEOUT = 15  # seconds that the hub may be silent
+MINI = "emu3-mini"  # this name is always the small checkpoint that comes with the package; a folder is ./emu3-mini
+MINI_DIRECTORY = Path(__file__).resolve().parents[2] / "demo_models" / "emu3_mini"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pdparams")
+
+
+def fetch(name_or_path, required, optional=(), part="language_model"):
+    """The directory that holds a checkpoint's files, fetched from the hub where the name is no directory.
+
+    Args:
+        name_or_path: a directory, a hub name such as "BAAI/Emu3-Gen", or "emu3-mini", which is always the checkpoint
+            that comes with the package, whatever the working folder holds.
+        required, optional: file names. Of a hub checkpoint these and no others are fetched.
+        part: of emu3-mini, "language_model" or "vision_tokenizer".
+
+    Raises:
+        InputError: there is no such directory or checkpoint, a required file is missing in it, or it is
+            neither cached nor within reach.
+    """
+    if not str(name_or_path or "").strip():
+        raise InputError("the path of the checkpoint is empty: give a directory or a hub name such as BAAI/Emu3-Gen")
+    path = MINI_DIRECTORY / part if name_or_path == MINI else Path(name_or_path).expanduser()
+    if path.suffix in PICKLE_SUFFIXES and path.is_file():
+        refuse_pickle(name_or_path, path.name)
+    if not path.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)) or path.exists():
+            raise InputError(
+                f"no checkpoint at {str(name_or_path)!r}: give a directory that exists, "
+                "a hub name such as BAAI/Emu3-Gen, or emu3-mini"
+            )
+        path = _fetch_from_hub(str(name_or_path), required, optional)
+    for name in required:
+        if not (path / name).is_file():
+            raise InputError(
+                f"{str(name_or_path)!r} has no {name}: it is not a whole Emu3 checkpoint, or not the one for this; "
+                "check the path or download it again"
+            )
+    return path
+
+
+def matching_vision_tokenizer(name_or_path):
+    """The vision tokenizer that a language model takes where none is named: emu3-mini has its own."""
+    return MINI if name_or_path == MINI else "BAAI/Emu3-VisionTokenizer"
+
+
+def refuse_pickle(name_or_path, name):
+    raise InputError(
+        f"{str(name_or_path)!r} holds {name}, a pickle: loading one can run any program, so it is "
+        f"refused; convert it to model.safetensors with the tool that made it"
+    )
+
+
+def _fetch_from_hub(name, required, optional):
+    import requests
+    from huggingface_hub import configure_http_backend, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    class Session(requests.Session):  # without it a hub that does not answer is waited for without end
+        def request(self, *args, timeout=None, **kwargs):
+            return super().request(*args, timeout=timeout or HUB_TIMEOUT, **kwargs)
+
+    configure_http_backend(Session)
+    files = [*required, *optional]
+    try:  # what is in the cache needs no network; a checkpoint's files do not change
+        path = Path(snapshot_download(name, allow_patterns=files, local_files_only=True))
+        if all((path / f).is_file() for f in required) and (required or any((path / f).is_file() for f in optional)):
+            return path
+    except LocalEntryNotFoundError:
+        pass
+    except HFValidationError:
+        raise InputError(f"no checkpoint at {name!r}: it is no directory, and no name that the hub can have") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except GatedRepoError:
+        reason = "it asks for a login: accept its terms on the hub, then run `huggingface-cli login`"
+    except RepositoryNotFoundError:
+        reason = "the hub has no such checkpoint, or it is private: check the name, or run `huggingface-cli login`"
+    except LocalEntryNotFoundError:
+        reason = (
+            "it is not in the local cache and the hub is out of reach: connect to the network, set HF_ENDPOINT "
+            "to a mirror, or give the directory of a downloaded checkpoint"
+        )
+    except HfHubHTTPError as error:
+        reason = f"the hub answered {str(error).splitlines()[0]!r}: try again later"
+    except (OSError, requests.RequestException) as error:
+        reason = f"{error}: check the network, the disk and the cache directory, then try again"
+    raise InputError(f"cannot fetch {name}: {reason}")

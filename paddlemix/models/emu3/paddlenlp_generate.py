@@ -1,0 +1,71 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What PaddleNLP's `generate` asks of a model: greedy search, sampling and beams over left-padded batches."""
+
+import paddle
+from paddlenlp.generation import GenerationConfig, GenerationMixin
+
+from paddlemix.paddle_private import logits_processors as processors_of
+from paddlemix.utils import InputError
+
+from .attention import allowed_keys
+
+
+def generation_config(config):
+    """The token ids that `generate` stops at and pads with."""
+    return GenerationConfig(
+        pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
+    )
+
+
+class PaddleNLPGenerate(GenerationMixin):
+    """Its methods are called by `generate` alone. The model gives `config` and `make_cache`."""
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, use_cache=True, **kwargs
+    ):
+        if kwargs.get("inputs_embeds") is not None:
+            raise InputError("generate takes input_ids and no inputs_embeds: pictures are token ids, too")
+        past = 0
+        if use_cache:
+            past_key_values = past_key_values or self.make_cache(input_ids.shape[0], input_ids.shape[1] + 64)
+            past = past_key_values.length
+        if attention_mask is not None:
+            attention_mask = _padding_mask(attention_mask)
+            attention_mask = None if bool(attention_mask.all()) else attention_mask
+        return {
+            "input_ids": input_ids[:, past:],
+            "attention_mask": attention_mask,
+            "position_ids": None if position_ids is None else position_ids[:, past:],
+            "past_key_values": past_key_values if use_cache else None,
+            "use_cache": use_cache,
+            "logits_to_keep": 1,
+        }
+
+    @staticmethod
+    def update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False):
+        model_kwargs["past_key_values"] = outputs.past_key_values
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None:
+            mask = _padding_mask(mask)
+            model_kwargs["attention_mask"] = paddle.concat([mask, paddle.ones_like(mask[:, :1])], axis=-1)
+        positions = model_kwargs.get("position_ids")
+        if positions is not None:
+            model_kwargs["position_ids"] = paddle.concat([positions, positions[:, -1:] + 1], axis=-1)
+        return model_kwargs
+
+    def get_logits_processor(self, logits_processors=None, **kwargs):
+        # PaddleNLP 3.0.0b3 iterates over what is given here, which cannot be iterated
+        processors = super().get_logits_processor(**kwargs)
+        for processor in () if logits_processors is None else processors_of(logits_processors):
+            processors.append(processor)
+        return processors
+
+    def reorder_cache(self, cache, beam_idx):
+        return None if cache is None else cache.map(lambda x: x.index_select(beam_idx))
+
+
+def _padding_mask(mask):
+    """PaddleNLP's masks of four axes, too, as int64 [batch, length]: what the last token may see."""
+    length = mask.shape[-1]
+    batch, new = mask.shape[0], mask.shape[2] if mask.ndim == 4 else 1
+    return allowed_keys(mask, batch, new, length)[:, 0, -1].astype("int64")

@@ -1,0 +1,151 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""One safetensors file: read through a memory map, a few megabytes at a time, and written one tensor at a time.
+
+The pages read are handed back to the system at once, so that loading takes little more memory than the loaded model.
+"""
+
+import json
+import math
+import mmap
+
+from paddlemix.utils import InputError
+
+# safetensors' names of the number types that a checkpoint may hold -> numpy's and ml_dtypes' names
+DTYPES = {
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64", "I8": "int8",
+    "U8": "uint8",
+}  # fmt: skip
+RELEASE_BYTES = 64 << 20  # pages read are handed back to the system after so many bytes
+AHEAD_BYTES = 64 << 20  # what the system is asked for before it is read: by itself it fetches small pieces of a map
+CHUNK_BYTES = 8 << 20
+
+
+class SafetensorsFile:
+    """A safetensors file, memory-mapped. `shapes`, `dtypes`, `sizes` in bytes by tensor name; `read` gives an array."""
+
+    def __init__(self, path):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        try:
+            with safe_open(path, framework="np") as file:  # checks the header and that the file is whole
+                names = file.offset_keys()
+                slices = {name: file.get_slice(name) for name in names}
+                self.dtypes = {name: slices[name].get_dtype() for name in names}
+                self.shapes = {name: slices[name].get_shape() for name in names}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is truncated or not a safetensors file ({error}): download it again") from None
+        import ml_dtypes  # noqa: F401  makes numpy know bfloat16
+        import numpy as np
+
+        for name, dtype in self.dtypes.items():
+            if dtype not in DTYPES:
+                raise InputError(f"{path}: tensor {name} is {dtype}; accepted are {', '.join(DTYPES)}")
+        with open(path, "rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # tensors follow each other without gaps, in the order of their offsets, to the end of the file
+        self.offsets, self.sizes, offset = {}, {}, 8 + int.from_bytes(self.map[:8], "little")
+        for name in names:
+            self.offsets[name] = offset
+            self.sizes[name] = math.prod(self.shapes[name]) * np.dtype(DTYPES[self.dtypes[name]]).itemsize
+            offset += self.sizes[name]
+        self.asked = self.released = 0
+
+    def read(self, name, dtype, on_bytes=lambda n: None):
+        """The tensor as a new numpy array of `dtype`.
+
+        InputError where it holds NaN, infinity, or numbers that are infinite in `dtype`.
+        """
+        import numpy as np
+
+        out = np.empty(math.prod(self.shapes[name]), dtype)
+        for start, chunk in self.chunks(name, out.dtype, 1, on_bytes):
+            out[start : start + chunk.size] = chunk
+        return out.reshape(self.shapes[name])
+
+    def _array(self, name):
+        """The tensor's numbers in the map, one after the other."""
+        import numpy as np
+
+        return np.ndarray(math.prod(self.shapes[name]), DTYPES[self.dtypes[name]], self.map, self.offsets[name])
+
+    def chunks(self, name, dtype, multiple, on_bytes=lambda n: None):
+        """(first, array): a tensor's numbers in parts of a multiple of `multiple`, views of the file, fit for `dtype`.
+
+        InputError where a part holds NaN, infinity, or numbers that are infinite in `dtype`.
+        """
+        source, unreleased = self._array(name), 0
+        step = max(1, CHUNK_BYTES // (source.itemsize * multiple)) * multiple
+        for start in range(0, source.size, step):
+            chunk = source[start : start + step]
+            self._ask(self.offsets[name] + start * source.itemsize)
+            self._check_range(name, chunk, dtype)
+            yield start, chunk
+            on_bytes(chunk.nbytes)
+            unreleased += chunk.nbytes
+            if unreleased >= RELEASE_BYTES:
+                self._release(self.offsets[name] + (start + chunk.size) * source.itemsize)
+                unreleased = 0
+        self._release(self.offsets[name] + source.nbytes)
+
+    def _check_range(self, name, chunk, dtype):
+        import numpy as np
+
+        if chunk.dtype.kind in "iu":
+            return
+        if chunk.itemsize == 2 and dtype != np.float16:
+            # infinity and NaN have all bits of the exponent set
+            exponent = np.uint16(0x7C00 if chunk.dtype == np.float16 else 0x7F80)
+            is_finite, largest = not ((chunk.view(np.uint16) & exponent) == exponent).any(), 0
+        else:
+            chunk = chunk if chunk.itemsize > 2 else chunk.astype(np.float32)
+            largest = max(chunk.max(), -chunk.min())  # NaN if there is one
+            is_finite = np.isfinite(largest)
+        if not is_finite:
+            raise InputError(f"{self.path}: tensor {name} holds NaN or infinity: download the file again")
+        if dtype == np.float16 and largest >= 65520:
+            raise InputError(f"{self.path}: tensor {name} holds numbers too large for float16: take bfloat16")
+
+    def _ask(self, start):
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        end, start = min(start + AHEAD_BYTES, len(self.map)), max(start, self.asked)
+        start -= start % mmap.PAGESIZE
+        if end > start:
+            self.map.madvise(mmap.MADV_WILLNEED, start, end - start)
+            self.asked = end
+
+    def _release(self, end):
+        if not hasattr(mmap, "MADV_DONTNEED"):  # not every system has it; memory is then freed on closing
+            return
+        end -= end % mmap.PAGESIZE
+        if end > self.released:
+            self.map.madvise(mmap.MADV_DONTNEED, self.released, end - self.released)
+            self.released = end
+
+    def close(self):
+        self.map.close()
+
+
+def write_safetensors(path, layout, read):
+    """Write {name: (dtype, shape)}, and of each name what `read` gives, a numpy array, one at a time.
+
+    The library's own function would hold all of the file in memory once more.
+    """
+    import ml_dtypes  # noqa: F401  makes numpy know bfloat16
+    import numpy as np
+
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # the widest first, as the library orders them: so each begins at a multiple of its numbers' size
+    order = sorted(layout, key=lambda name: (-np.dtype(layout[name][0]).itemsize, name))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in order:
+        dtype, shape = layout[name]
+        start, end = end, end + np.dtype(dtype).itemsize * math.prod(shape)
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            file.write(read(name).reshape(-1).view(np.uint8).data)

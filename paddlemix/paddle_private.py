@@ -1,0 +1,65 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The names of Paddle and PaddleNLP that their documentation does not promise: a new release is tried against these.
+
+Paddle is imported where it is used: a command's `--help` does not wait for it.
+"""
+
+
+def set_num_threads(count):
+    """How many threads Paddle computes with on a CPU from now on."""
+    import paddle
+
+    paddle.base.core.set_num_threads(count)
+
+
+def is_untouched(layer):
+    """Whether a layer is not in training, and nothing is hooked in or put in the place of its forward."""
+    hooked = layer._forward_pre_hooks or layer._forward_post_hooks or "forward" in vars(layer)
+    return not layer.training and not hooked
+
+
+def is_parameter(tensor):
+    import paddle
+
+    return isinstance(tensor, paddle.base.framework.EagerParamBase)
+
+
+def share(array, parameter):
+    """Let a parameter take the memory of a numpy array, on a card a copy of it."""
+    import paddle
+
+    tensor, device = to_tensor(array), paddle.get_device()
+    (tensor if device == "cpu" else tensor.to(device))._share_underline_tensor_to(parameter)
+
+
+def to_tensor(array):
+    """A tensor that shares a numpy array's memory; dlpack knows no bfloat16, so that goes as integers."""
+    import numpy as np
+    import paddle
+
+    if array.dtype == "bfloat16":
+        return paddle.utils.dlpack.from_dlpack(array.view(np.int16)).view("bfloat16")
+    return paddle.utils.dlpack.from_dlpack(array)
+
+
+def to_array(tensor):
+    """A numpy array; Paddle gives bfloat16 as the integers it is stored as."""
+    import ml_dtypes
+
+    array = tensor.detach().cpu().numpy()
+    return array.view(ml_dtypes.bfloat16) if array.dtype == "uint16" else array
+
+
+def convolution_settings(conv):
+    """(stride, padding, padding mode, dilation, groups, data format) of a paddle.nn.Conv2D."""
+    return conv._stride, conv._padding, conv._padding_mode, conv._dilation, conv._groups, conv._data_format
+
+
+def group_norm_settings(norm):
+    """(groups, epsilon) of a paddle.nn.GroupNorm."""
+    return norm._num_groups, norm._epsilon
+
+
+def logits_processors(processors):
+    """PaddleNLP 3.0.0b3's LogitsProcessorList cannot be iterated over."""
+    return processors._processors.values()
