@@ -1,10 +1,46 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What the machine has: cores, free memory and what was used of it, of the CPU and of a card."""
+"""What the machine has, of the CPU and of a card: cores, free memory, what was used of it; and a quiet start on it."""
 
 import os
+import re
 from pathlib import Path
 
+from paddlemix.paddle_private import set_num_threads
 from paddlemix.utils import InputError
+
+
+def start_paddle(device=None, quiet=True):
+    """Import Paddle for a program: without its notices, with all cores, on a device.
+
+    Args:
+        device: what --device gave: "cpu", "gpu" or "gpu:N"; None is the GPU where Paddle finds one.
+        quiet: do not show the notices and warnings of the libraries.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if quiet:
+        import logging
+        import warnings
+
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        os.environ.setdefault("GLOG_minloglevel", "2")
+    threads_are_chosen = "OMP_NUM_THREADS" in os.environ  # Paddle's import sets it to 1
+    import paddle
+
+    paddle.disable_signal_handler()  # it prints a C++ traceback when the process is asked to end
+    if not threads_are_chosen:
+        set_num_threads(available_cores())
+    cards = paddle.device.cuda.device_count()
+    device = device or ("gpu" if cards else "cpu")
+    number = re.fullmatch(r"gpu(?::(\d+))?", device)
+    if device != "cpu" and not (number and int(number[1] or 0) < cards):  # Paddle ends the process for a wrong number
+        raise InputError(
+            f"--device {device}: accepted are cpu, and gpu or gpu:N where Paddle finds a card; this Paddle is "
+            f"{'a CUDA' if paddle.is_compiled_with_cuda() else 'a CPU'} build with {cards} cards"
+        )
+    paddle.set_device(device)
 
 
 def available_memory():

@@ -90,6 +90,12 @@ def load_image(path):
     raise InputError(" ".join(f"{path}: {reason}".split()))
 
 
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of two pictures of 8 bits and one size: PIL pictures or uint8 arrays."""
+    error = np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else math.inf
+
+
 def _upright(image):
     """The picture turned as its EXIF orientation says; damaged EXIF says nothing, and the picture is good."""
     image.load()

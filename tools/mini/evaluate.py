@@ -6,7 +6,6 @@ Drawings are read by recognise.py, which knows nothing of the model, and compare
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,28 +92,30 @@ def measure_answers(model, processor, scenes, seed):
 
 def there_and_back(processor, picture):
     """(PSNR in dB, the codes, the picture that they give, uint8 [height, width, 3])"""
+    from paddlemix.processors.image_processing_emu3 import psnr
+
     pixels = processor.image_processor(picture)["pixel_values"]
     before = np.asarray(processor.image_processor.postprocess(pixels)["pixel_values"][0])
     codes = processor.tokenize_image([picture])[0]
     after = np.asarray(processor.decode_image(codes))
-    return 10 * np.log10(255**2 / np.mean((before.astype(float) - after) ** 2)), codes, after
+    return psnr(before, after), codes, after
 
 
 def measure_vision(processor, scenes):
     """Lines that tell the PSNR of scenes and of the demo photograph, and how much of the codebook scenes use."""
     ratios, right, counts = [], [], np.zeros(processor.grammar.codebook_size)
     for scene in tqdm(scenes, desc="there and back", leave=False):
-        psnr, codes, after = there_and_back(processor, Image.fromarray(render(scene)))
-        ratios.append(psnr)
+        ratio, codes, after = there_and_back(processor, Image.fromarray(render(scene)))
+        ratios.append(ratio)
         right.append(compare(scene, recognise(after))["right"])
         counts += np.bincount(codes.ravel(), minlength=len(counts))
     photograph = Image.open(ROOT / "paddlemix" / "demo_images" / "emu3_demo.png")
-    psnr, _, after = there_and_back(processor, photograph)
+    ratio, _, after = there_and_back(processor, photograph)
     share = counts[counts > 0] / counts.sum()
     perplexity = np.exp(-(share * np.log(share)).sum())
     return [
         f"{len(scenes)} scenes there and back: {np.mean(ratios):.2f} dB, {percent(right)} still read right",
-        f"demo photograph at {after.shape[1]} x {after.shape[0]} pixels: {psnr:.2f} dB",
+        f"demo photograph at {after.shape[1]} x {after.shape[0]} pixels: {ratio:.2f} dB",
         f"codebook: {len(share)} of {len(counts)} codewords used, perplexity {perplexity:.0f}",
     ]
 
@@ -133,15 +134,11 @@ def shares(results):
 
 
 def main(args):
-    warnings.simplefilter("ignore")  # Paddle's notices when it is imported
-    import paddle
-
-    from paddlemix.machine import available_cores
+    from paddlemix.machine import start_paddle
     from paddlemix.models.emu3 import Emu3ForCausalLM
     from paddlemix.processors import Emu3Processor
 
-    if paddle.get_device() == "cpu":
-        paddle.base.core.set_num_threads(available_cores())
+    start_paddle()
     processor = Emu3Processor.from_pretrained(args.model_path, args.vq_model_path)
     model = Emu3ForCausalLM.from_pretrained(args.model_path)
     print(*measure_vision(processor, held_out_scenes(3 * args.count, args.seed)), sep="\n", flush=True)

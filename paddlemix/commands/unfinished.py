@@ -8,8 +8,10 @@ import signal
 import zlib
 from pathlib import Path
 
-from paddlemix.examples.emu3.common import free_paths, note
 from paddlemix.utils import InputError, write_atomically
+
+from .console import note
+from .files import free_paths
 
 SUFFIX = ".tokens.npz"
 

@@ -1,0 +1,145 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What every command needs of the terminal: parser, lines, progress bar, signals, errors of one line."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from paddlemix.machine import start_paddle
+from paddlemix.utils import InputError
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # "(default: None)" tells nobody anything
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def make_parser(description, writes_pictures=True):
+    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    if writes_pictures:
+        parser.add_argument("--output_dir", default=".", help="where results are written")
+    parser.add_argument("--device", help="cpu, gpu or gpu:N (default: the GPU if Paddle has one)")
+    parser.add_argument("--stats_json", metavar="FILE", help="write times, tokens and peak memory to this file")
+    parser.add_argument("--verbose", action="store_true", help="show the notices of the libraries, too")
+    return parser
+
+
+def run(parser, command):
+    """Run a command. A user's mistake is one line on stderr and exit code 2; Ctrl-C exits with 130."""
+    args = parser.parse_args()
+    before = signal.signal(signal.SIGINT, _leave)
+    try:
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
+        _check_text(args)
+        _check_outputs(args)
+        _settle_models(args)
+        start_paddle(args.device, quiet=not args.verbose)
+        command(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on: not worth a message
+        _drop_stdout()
+        sys.exit(141)
+    except (InputError, OSError) as error:
+        sys.exit(_complain(f"error: {' '.join(str(error).split())}", 2))
+    except KeyboardInterrupt as stop:
+        sys.exit(_complain(f"\ninterrupted{': ' if stop.args else ''}{stop}", 130))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(*signal_and_frame):
+    """Ctrl-C while libraries load, which would turn it into errors of their own, or swallow it."""
+    _complain("\ninterrupted", 130)
+    os._exit(130)
+
+
+class Stopwatch:
+    """`with Stopwatch() as watch:` then `watch.seconds`."""
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception):
+        self.seconds = time.perf_counter() - self.start
+
+
+class Loading(Stopwatch):
+    """A Stopwatch around what loads; after it Ctrl-C is a KeyboardInterrupt again."""
+
+    def __exit__(self, *exception):
+        super().__exit__()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def note(text):
+    _complain(f"note: {text}", 0)
+
+
+def _complain(text, code):
+    print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def say(text):
+    """Print a line; where nobody reads on, go on without: the pictures matter more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _drop_stdout()
+
+
+def _drop_stdout():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def progress_bar(total, unit, description, initial=0):
+    """A bar on the terminal with speed and time left; nothing where stderr is not a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total, initial=initial, unit=unit, desc=description, leave=False, disable=None, smoothing=0.1
+    )  # fmt: skip
+
+
+def _check_text(args):
+    """Bytes that are not UTF-8 come as surrogates, which no tokenizer and no PNG takes."""
+    for name in ("prompt", "negative_prompt", "question", "chat_template"):
+        value = getattr(args, name, None) or ""
+        for text in [value] if isinstance(value, str) else value:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise InputError(f"--{name} {text!r} is not UTF-8: give it in UTF-8") from None
+
+
+def _check_outputs(args):
+    """Hours of work must not end in a folder that cannot be written."""
+    folders = []
+    if hasattr(args, "output_dir"):
+        try:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from None
+        folders.append(args.output_dir)
+    for name in ("stats_json", "preview"):
+        file = getattr(args, name, None)
+        if file and Path(file).exists() and not Path(file).is_file():
+            raise InputError(f"--{name} {file} is no file: give the name of one")
+        folders += [Path(file).parent] if file else []
+    for folder in folders:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"cannot write into {folder}: give a folder that exists and that you may write to")
+
+
+def _settle_models(args):
+    """The vision tokenizer where none is named, and what emu3-mini means where a folder has that name, too."""
+    from paddlemix.models.emu3.hub import MINI, matching_vision_tokenizer
+
+    if getattr(args, "vq_model_path", "") is None:
+        args.vq_model_path = matching_vision_tokenizer(args.model_path)
+    if args.model_path == MINI and Path(MINI).exists():
+        note(f"{MINI} is the checkpoint that comes with the package; the folder of that name here is ./{MINI}")

@@ -1,0 +1,142 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The files of a command: pictures that it reads, results whole or not at all, the preview, the statistics."""
+
+import json
+import time
+from pathlib import Path
+
+from paddlemix.machine import peak_memory
+from paddlemix.utils import InputError, replacing, write_atomically
+
+from .console import note, say
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_pictures(paths, image_processor):
+    """PIL pictures of files, each of a shape that can be encoded; InputError names the file that is not."""
+    from paddlemix.processors.image_processing_emu3 import load_image
+
+    images = []
+    for path in paths:
+        images.append(load_image(find_file(path)))
+        try:
+            image_processor(images[-1])
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+    return images
+
+
+def find_file(path):
+    """`path`, or the project's own file of that name where a command runs in another folder."""
+    return path if Path(path).exists() or not (ROOT / path).exists() else ROOT / path
+
+
+def frame_paths(folder):
+    """The pictures of a folder in the order of their names, numbers in them counted as numbers."""
+    import re
+
+    from PIL import Image
+
+    if not Path(folder).is_dir():
+        raise InputError(f"--video_path {folder}: give a folder of frames, pictures such as 000.png, 001.png")
+    suffixes = Image.registered_extensions()
+    paths = [p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")]
+    if not paths:
+        raise InputError(f"--video_path {folder} holds no picture: give a folder of frames such as 000.png, 001.png")
+    return sorted(paths, key=lambda p: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", p.name)])
+
+
+def free_paths(folder, stem, count, own=None):
+    """The next `count` paths stem_N.png that no earlier result has, and no unfinished one but `own`."""
+    import re
+
+    names = [p.name for p in Path(folder).iterdir() if p != own]
+    taken = [re.fullmatch(rf"{stem}_(\d+)\.(png|tokens\.npz)", name) for name in names]
+    first = max((int(m[1]) + 1 for m in taken if m), default=0)
+    return [Path(folder) / f"{stem}_{first + i}.png" for i in range(count)]
+
+
+def save_picture(image, path, text=None):
+    """Write a PNG whole or not at all; `text` goes into its metadata."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in (text or {}).items():
+        info.add_itxt(key, str(value))
+    try:
+        with replacing(path) as temporary:
+            image.save(temporary, format="PNG", pnginfo=info)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}: give another --output_dir") from None
+
+
+class Preview:
+    """Rewrites a file with the pictures so far, side by side, grey where nothing is drawn yet.
+
+    It takes a tenth of the time at most: where decoding is slow, some rows pass without.
+    """
+
+    def __init__(self, path, processor, sizes):
+        self.path, self.processor, self.sizes, self.next = path, processor, sizes, 0.0
+
+    def update(self, drawn):
+        """drawn: int64 [pictures, positions], as generate_images tells it."""
+        from PIL import Image
+
+        started = time.monotonic()
+        if started < self.next:
+            return
+        self.next = float("inf")  # whoever interrupts this one wants no other
+        factor, grammar, pictures = self.processor.vision_tokenizer.spatial_scale_factor, self.processor.grammar, []
+        for ids, (h, w) in zip(drawn, self.sizes, strict=True):
+            pictures.append(Image.new("RGB", (w * factor, h * factor), "grey"))
+            rows = grammar.whole_rows(ids, h, w)
+            if len(rows):
+                pictures[-1].paste(self.processor.decode_image(rows), (0, 0))
+        try:
+            self.show(pictures)
+        except InputError:
+            note(f"cannot write {self.path}: drawing on without a preview")
+            return
+        now = time.monotonic()
+        self.next = now + 9 * (now - started)
+
+    def show(self, pictures):
+        from PIL import Image
+
+        both = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+        left = 0
+        for picture in pictures:
+            both.paste(picture, (left, 0))
+            left += picture.width
+        save_picture(both, self.path)
+
+
+def side_by_side(original, picture):
+    """(picture of both under a line that tells the PSNR, the PSNR in dB)"""
+    from PIL import Image, ImageDraw, ImageFont
+
+    from paddlemix.processors.image_processing_emu3 import psnr
+
+    ratio = psnr(original, picture)
+    width, height, line = picture.width, picture.height, 24
+    both = Image.new("RGB", (2 * width + 8, height + line), "white")
+    both.paste(original, (0, line))
+    both.paste(picture, (width + 8, line))
+    draw, font = ImageDraw.Draw(both), ImageFont.load_default(14)
+    draw.text((4, 3), "original", fill="black", font=font)
+    draw.text((width + 12, 3), f"reconstruction, PSNR {ratio:.2f} dB", fill="black", font=font)
+    return both, ratio
+
+
+def write_stats(args, **stats):
+    """--stats_json: seconds and counts as given, and the peak memory of the process, or of the card's."""
+    if args.stats_json:
+        stats = {k: round(v, 4) if isinstance(v, float) else v for k, v in stats.items()}
+        stats["peak_memory_mb"] = round(peak_memory() / 2**20, 1)
+        write_atomically(args.stats_json, json.dumps(stats, indent=2) + "\n")
+
+
+def wrote(paths):
+    say("wrote " + ", ".join(map(str, paths)))
