@@ -1,13 +1,22 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Custom operators. `make ops` builds them as the module `emu3_ops`; without it the same is computed with Paddle.
+"""Custom operators. `python -m paddlemix.external_ops.build` builds them as the module `emu3_ops`; README.md shows how
+one is made.
 
-In the environment, EMU3_OPS=0 leaves them out, and EMU3_OPS_SIMD=plain, avx2 or avx512 keeps them from better
-instructions (avx512: from AVX-512 VNNI), for tests.
+Each operator has a wrapper in a module of its own. A wrapper checks its arguments in one place and computes with the
+compiled module or, the same, with Paddle. Two kinds need the compiled module, and their callers ask `operators()`
+first: those that join the work of others (decoder_step) and those of the vision tokenizer, where oneDNN stands in
+(winograd_conv, spatial_norm).
+
+In the environment, EMU3_OPS=0 leaves the compiled operators out, and EMU3_OPS_SIMD=plain, avx2 or avx512 keeps them
+from better instructions (avx512: from AVX-512 VNNI), for tests.
 """
 
+import contextlib
+import ctypes
 import functools
 import logging
 import os
+from pathlib import Path
 
 import paddle
 
@@ -15,28 +24,85 @@ OPERATORS = (
     "fused_rms_norm", "fused_ln", "nearest_codeword", "few_rows_linear", "quantize_weight", "cached_attention",
     "decoder_step", "winograd_conv", "spatial_norm",
 )  # fmt: skip
+VERSION = 2  # of what the operators take, as in info.cc
+VECTORS = ("plain", "AVX2", "AVX-512", "AVX-512 VNNI")  # as simd.h's Level
+
+_left_out = 0  # times that `without_operators` is entered
+
+
+def operators():
+    """The compiled module; None where there is none, and inside `without_operators`. Where it is missing the first
+    call logs a note with the reason and the command that builds it."""
+    if _left_out:
+        return None
+    _note()
+    return _found()[0]
+
+
+def status():
+    """(the compiled module or None, why there is none or None), without the note."""
+    return (None, "are left out by without_operators()") if _left_out else _found()
+
+
+@contextlib.contextmanager
+def without_operators():
+    """Inside it `operators()` is None everywhere, in all threads: for tests and comparisons."""
+    global _left_out
+    _left_out += 1
+    try:
+        yield
+    finally:
+        _left_out -= 1
+
+
+def vectors():
+    """The instructions that the compiled operators use on this processor, a name of VECTORS; None without them."""
+    return None if status()[0] is None else VECTORS[_library().emu3_ops_level()]
+
+
+def build_command():
+    """The command that builds the operators here."""
+    checkout = Path(__file__).resolve().parents[2]
+    is_checkout = (checkout / "Makefile").exists() and (checkout / "paddlemix" / "external_ops").exists()
+    return "make ops" if is_checkout else "python -m paddlemix.external_ops.build"
 
 
 @functools.cache
-def operators():
-    """The compiled module, None where there is none."""
+def _found():
     if os.environ.get("EMU3_OPS") == "0":
-        return None
+        return None, "are left out by EMU3_OPS=0"
     try:
         import emu3_ops
 
         missing = [name for name in OPERATORS if not hasattr(emu3_ops, name)]
-        why = f"are of another version (they lack {', '.join(missing)})" if missing else None
+        version = None if missing else getattr(_library(), "emu3_ops_version", lambda: 1)()
     except ModuleNotFoundError:
-        why = "are not built"
+        return None, "are not built"
     except (ImportError, RuntimeError, OSError) as error:  # Paddle's loader raises RuntimeError, of many lines
-        why = f"do not load ({' '.join(str(error).split())[:200]})"
-    if why:
+        return None, f"do not load ({' '.join(str(error).split())[:200]})"
+    if missing:
+        return None, f"are of another version (they lack {', '.join(missing)})"
+    if version != VERSION:
+        return None, f"are of another version ({version}, not {VERSION})"
+    return emu3_ops, None
+
+
+@functools.cache
+def _library():
+    """The compiled module's library, for C functions that take no tensors."""
+    import emu3_ops
+
+    return ctypes.CDLL(str(next(Path(emu3_ops.__file__).parent.glob("emu3_ops*.so"))))
+
+
+@functools.cache
+def _note():
+    module, why = _found()
+    if module is None and os.environ.get("EMU3_OPS") != "0":
         logging.getLogger(__name__).warning(
-            "paddlemix.external_ops: the operators %s, Paddle's are used: slower; `make ops` builds them", why
-        )
-        return None
-    return emu3_ops
+            "paddlemix.external_ops: the operators %s, Paddle's are used: slower; `%s` builds them",
+            why, build_command(),
+        )  # fmt: skip
 
 
 def wants_gradient(*tensors):

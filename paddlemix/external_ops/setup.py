@@ -52,7 +52,9 @@ libraries = Path(paddle.__file__).parent / "libs"
 openmp = [f"-L{libraries}", "-l:libiomp5.so"] if (libraries / "libiomp5.so").exists() else ["-fopenmp"]
 
 flags = ["-O3", "-std=c++17"]
-only_cxx = ["-fopenmp", "-fno-trapping-math"]  # the latter lets the compiler make vectors of a choice between floats
+# -fno-trapping-math lets the compiler make vectors of a choice between floats; without contraction a loop's vectors and
+# its tail round alike, so that a value does not depend on its place.
+only_cxx = ["-fopenmp", "-fno-trapping-math", "-ffp-contract=off"]
 extension = CUDAExtension if cuda else CppExtension
 setup(
     name="emu3_ops",

@@ -3,45 +3,47 @@
 #include "cached_attention.h"
 
 #include "../dtypes.h"
+#include "cache_rows.h"
 
 namespace {
 
 using paddle::DataType;
 using paddle::Tensor;
 
-std::vector<Tensor> CachedAttention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                    const paddle::optional<Tensor>& allowed, int64_t length) {
+std::vector<Tensor> CachedAttention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& lengths,
+                                    const paddle::optional<Tensor>& slots, const paddle::optional<Tensor>& allowed) {
   const auto q = query.shape(), k = key.shape();
-  PD_CHECK(q.size() == 4 && k.size() == 4 && value.shape() == k && q[0] == k[0] && q[3] == k[3] && k[1] > 0 &&
-               q[2] % k[1] == 0,
-           "query must be [B, new, H, D], key and value [B, kv, room, D]");
-  PD_CHECK(q[1] <= length && length <= k[2], "length must be at least the new tokens and at most the room");
+  PD_CHECK(q.size() == 4 && k.size() == 4 && value.shape() == k && q[3] == k[3] && k[1] > 0 && q[2] % k[1] == 0,
+           "query must be [B, new, H, D], key and value [S, kv, room, D]");
   PD_CHECK(query.dtype() == DataType::FLOAT32 && key.dtype() == value.dtype(), "query must be float32, key as value");
-  PD_CHECK(!allowed || (allowed->dtype() == DataType::BOOL && allowed->numel() == q[0] * length),
-           "allowed must be bool [B, length]");
+  const CacheRows rows(lengths, slots, q[0], q[1], k);
+  PD_CHECK(!allowed || (allowed->dtype() == DataType::BOOL && allowed->numel() == q[0] * rows.longest),
+           "allowed must be bool [B, max(lengths)]");
   Tensor out = paddle::empty({q[0], q[1], q[2] * q[3]}, DataType::FLOAT32, query.place());
   if (!out.numel()) return {out};
-  const cached_attention::Problem problem{query.data<float>(),
-                                          key.data(),
-                                          value.data(),
-                                          allowed ? allowed->data<bool>() : nullptr,
-                                          out.data<float>(),
-                                          q[0],
-                                          q[1],
-                                          q[2],
-                                          k[1],
-                                          q[3],
-                                          length,
-                                          k[2]};
+  cached_attention::Problem p;
+  p.query = query.data<float>();
+  p.key = key.data();
+  p.value = value.data();
+  p.lengths = rows.lengths;
+  p.slots = rows.slots.data();
+  p.allowed = allowed ? allowed->data<bool>() : nullptr;
+  p.out = out.data<float>();
+  p.batch = q[0];
+  p.news = q[1];
+  p.heads = q[2];
+  p.kv_heads = k[1];
+  p.dim = q[3];
+  p.longest = rows.longest;
+  p.room = k[2];
   with_float(key.dtype(), "the cache of cached_attention",
-             [&](auto type) { cached_attention::attention<decltype(type)>(problem); });
+             [&](auto type) { cached_attention::attention<decltype(type)>(p); });
   return {out};
 }
 
 }  // namespace
 
 PD_BUILD_OP(cached_attention)
-    .Inputs({"Query", "Key", "Value", paddle::Optional("Allowed")})
+    .Inputs({"Query", "Key", "Value", "Lengths", paddle::Optional("Slots"), paddle::Optional("Allowed")})
     .Outputs({"Out"})
-    .Attrs({"length: int64_t"})
     .SetKernelFn(PD_KERNEL(CachedAttention));

@@ -1,6 +1,9 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
 // Attention of few new tokens over the cache, on a CPU; free of Paddle. Softmax goes along with the keys (Milakov and
 // Gimelshein, arXiv 1805.02867), so that keys and values pass by once.
+//
+// The result of a query is a function of itself and of the keys that it sees: blocks and pieces of keys begin at fixed
+// places, pieces are merged in their order, and what a query does not see is left out of its sums.
 #pragma once
 
 #include <algorithm>
@@ -13,27 +16,35 @@
 
 namespace cached_attention {
 
-constexpr int BLOCK = 64;          // keys a time
-constexpr int LEAST_PIECE = 256;   // keys: fewer are not worth a thread of their own
-constexpr float HIDDEN = -1e30f;   // a score; finite, so that a query that sees nothing makes no NaN
+constexpr int BLOCK = 64;   // keys a time
+constexpr int PIECE = 512;  // keys of one thread's task, whole blocks
 
 struct Problem {
-  const float* query;  // [batch, news, heads, dim]
-  const void* key;     // [batch, kv_heads, room, dim] of T
+  const float* query;      // [batch, news, heads, dim]
+  const void* key;         // [slots, kv_heads, room, dim] of T
   const void* value;
-  const bool* allowed;  // null or [batch, length]
-  float* out;           // [batch, news, heads, dim]
-  int64_t batch, news, heads, kv_heads, dim, length, room;
+  const int64_t* lengths;  // [batch]: tokens of each row, the new ones with them
+  const int64_t* slots;    // [batch]: where in the cache each row is
+  const bool* allowed;     // null or [batch, longest]
+  float* out;              // [batch, news, heads, dim]
+  int64_t batch, news, heads, kv_heads, dim, longest, room;
 
   int64_t group() const { return heads / kv_heads; }
+  int64_t queries() const { return news * group(); }  // of a key head: those of a token one after the other
+  int64_t seen(int64_t row, int64_t query) const { return lengths[row] - news + 1 + query / group(); }
+  // Where a query of a key head and a row lies in `query` and `out`.
+  int64_t at(int64_t row, int64_t head, int64_t q) const {
+    return ((row * news + q / group()) * heads + head * group() + q % group()) * dim;
+  }
+  // The first key or value of a row and a key head.
+  int64_t kept(int64_t row, int64_t head) const { return (slots[row] * kv_heads + head) * room * dim; }
 };
 
-// What the queries of one key head know of the keys so far.
-struct State {
-  int64_t width;  // dim, up to whole tiles
-  std::vector<float> largest, total, sums;
-
-  State(int64_t queries, int64_t width) : width(width), largest(queries, HIDDEN), total(queries), sums(queries * width) {}
+// Keys from `begin` to `end` for the queries of one row and key head, and what these know then.
+struct Piece {
+  int64_t row, head, begin, end;
+  float *largest, *total;  // [queries]; total 0: nothing was seen
+  float* sums;             // [queries, width]
 };
 
 }  // namespace cached_attention
@@ -44,36 +55,67 @@ struct State {
 
 namespace cached_attention {
 
+// The mean of all values of a row: of a query that sees none.
+template <class T>
+void mean(const Problem& p, int64_t row, int64_t head, float* out) {
+  const T* values = (const T*)p.value + p.kept(row, head);
+  std::fill(out, out + p.dim, 0.0f);
+  for (int64_t i = 0; i < p.lengths[row]; ++i)
+    for (int64_t j = 0; j < p.dim; ++j) out[j] += simd::widen(values[i * p.dim + j]);
+  for (int64_t j = 0; j < p.dim; ++j) out[j] /= p.lengths[row];
+}
+
+// The queries of a row and key head, of their `count` pieces.
+template <class T>
+void merge(const Problem& p, const Piece* pieces, int64_t count, int64_t width) {
+  const int64_t row = pieces->row, head = pieces->head;
+  for (int64_t q = 0; q < p.queries(); ++q) {
+    float largest = -INFINITY, total = 0;
+    float* out = p.out + p.at(row, head, q);
+    std::fill(out, out + p.dim, 0.0f);
+    for (int64_t i = 0; i < count; ++i)
+      if (pieces[i].total[q] != 0) largest = std::max(largest, pieces[i].largest[q]);
+    for (int64_t i = 0; i < count; ++i) {
+      if (pieces[i].total[q] == 0) continue;
+      const float share = simd::exponential(pieces[i].largest[q] - largest);
+      total += share * pieces[i].total[q];
+      for (int64_t j = 0; j < p.dim; ++j) out[j] += share * pieces[i].sums[q * width + j];
+    }
+    if (total == 0)
+      mean<T>(p, row, head, out);
+    else
+      for (int64_t j = 0; j < p.dim; ++j) out[j] /= total;
+  }
+}
+
 template <class T>
 void attention(const Problem& p) {
   const auto attend = SIMD_CHOOSE(attend<T>);
-  const int64_t width = SIMD_CHOOSE(padded)(p.dim), heads = p.batch * p.kv_heads, queries = p.group() * p.news;
-  const int64_t wanted = (2 * omp_get_max_threads() + heads - 1) / heads;
-  const int64_t pieces = std::clamp<int64_t>(wanted, 1, (p.length + LEAST_PIECE - 1) / LEAST_PIECE);
-  const int64_t piece = ((p.length + pieces - 1) / pieces + BLOCK - 1) / BLOCK * BLOCK;
-  std::vector<State> states(heads * pieces, State(queries, width));
-  in_parallel(heads * pieces, 1, heads * queries * p.length * p.dim, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t head = i / pieces, begin = i % pieces * piece;
-      if (begin < p.length)
-        attend(p, head / p.kv_heads, head % p.kv_heads, begin, std::min(begin + piece, p.length), states[i]);
+  const int64_t width = SIMD_CHOOSE(padded)(p.dim), queries = p.queries();
+  std::vector<Piece> pieces;
+  std::vector<int64_t> first;  // piece of each row and key head
+  int64_t keys = 0;
+  for (int64_t row = 0; row < p.batch; ++row)
+    for (int64_t head = 0; head < p.kv_heads; ++head) {
+      first.push_back(pieces.size());
+      keys += p.lengths[row];
+      for (int64_t begin = 0; begin < p.lengths[row]; begin += PIECE)
+        pieces.push_back({row, head, begin, std::min(begin + PIECE, p.lengths[row]), nullptr, nullptr, nullptr});
     }
+  first.push_back(pieces.size());
+  const int64_t count = pieces.size();
+  std::vector<float> known(count * queries * (width + 2));
+  for (int64_t i = 0; i < count; ++i) {
+    pieces[i].sums = &known[i * queries * width];
+    pieces[i].largest = &known[(count * width + 2 * i) * queries];
+    pieces[i].total = pieces[i].largest + queries;
+  }
+  in_parallel(count, 1, keys * queries * p.dim, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) attend(p, pieces[begin], width);
   });
-  for (int64_t head = 0; head < heads; ++head)
-    for (int64_t q = 0; q < queries; ++q) {
-      const State* state = &states[head * pieces];
-      float largest = HIDDEN, total = 0;
-      for (int64_t i = 0; i < pieces; ++i) largest = std::max(largest, state[i].largest[q]);
-      const int64_t row = head / p.kv_heads * p.news + q % p.news;
-      float* out = p.out + (row * p.heads + head % p.kv_heads * p.group() + q / p.news) * p.dim;
-      std::fill(out, out + p.dim, 0.0f);
-      for (int64_t i = 0; i < pieces; ++i) {
-        const float share = simd::exponential(state[i].largest[q] - largest);
-        total += share * state[i].total[q];
-        for (int64_t j = 0; j < p.dim; ++j) out[j] += share * state[i].sums[q * width + j];
-      }
-      for (int64_t j = 0; j < p.dim; ++j) out[j] /= total;
-    }
+  in_parallel(first.size() - 1, 1, 4 * count * queries * p.dim, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) merge<T>(p, &pieces[first[begin]], first[begin + 1] - first[begin], width);
+  });
 }
 
 }  // namespace cached_attention

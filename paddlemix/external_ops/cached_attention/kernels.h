@@ -1,5 +1,13 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// cached_attention.h includes it for each kind of vectors.
+// cached_attention.h includes it for each kind of vectors. The plain loop:
+//
+//   for each row, new token and head:
+//     for each key that the token sees: score = query . key / sqrt(dim)
+//     weight = exp(score - largest), largest of the scores so far: where it grows, sums and total shrink by its growth
+//     for each of them: sums += weight * value, total += weight
+//     out = sums / total
+//
+// in blocks of keys, and tiles of queries that use a block together.
 namespace cached_attention {
 namespace SIMD {
 using namespace simd::SIMD;
@@ -45,14 +53,18 @@ SIMD_TARGET void mix(const T* value, const T* next, int64_t v_stride, const floa
   }
 }
 
-// Turns the scores of one query into weights, exp(score - the largest so far); keeps the largest and the weights' sum.
+// Turns the scores of one query, -inf where it does not see the key, into weights, exp(score - the largest so far);
+// keeps the largest and the weights' sum.
 SIMD_TARGET inline void weigh(float* scores, float& largest, float& total, float* sums, int64_t width) {
   floats top = fill(largest), weights = fill(0);
   float lanes[WIDTH], sum = 0;
   for (int j = 0; j < BLOCK; j += WIDTH) top = max(top, load(scores + j));
   store(lanes, top);
   const float most = *std::max_element(lanes, lanes + WIDTH);
-  for (int j = 0; j < BLOCK; ++j) scores[j] = simd::exponential(scores[j] - most);
+  for (int j = 0; j < BLOCK; ++j) {
+    const float weight = simd::exponential(scores[j] - most);
+    scores[j] = scores[j] == -INFINITY ? 0 : weight;
+  }
   for (int j = 0; j < BLOCK; j += WIDTH) weights = fma(load(scores + j), fill(1), weights);
   store(lanes, weights);
   for (float lane : lanes) sum += lane;
@@ -63,42 +75,59 @@ SIMD_TARGET inline void weigh(float* scores, float& largest, float& total, float
   largest = most;
 }
 
-// All queries of one key head over the keys from `begin` to `end`.
+// Leaves the scores of the keys that a query sees, of a block of keys that starts at `begin`. Whether it sees any.
+SIMD_TARGET inline bool hide(const Problem& p, int64_t row, int64_t begin, int seen, float* scores) {
+  for (int j = seen; j < BLOCK; ++j) scores[j] = -INFINITY;
+  if (!p.allowed) return true;
+  const bool* allowed = p.allowed + row * p.longest + begin;
+  for (int j = 0; j < seen; ++j) scores[j] = allowed[j] ? scores[j] : -INFINITY;
+  return std::count(allowed, allowed + seen, true) > 0;
+}
+
+// All queries of one row and key head over a piece of its keys.
 template <class T>
-SIMD_TARGET void attend(const Problem& p, int64_t batch, int64_t kv_head, int64_t begin, int64_t end, State& state) {
-  const int64_t queries = p.group() * p.news, width = state.width, head = batch * p.kv_heads + kv_head;
-  const T* keys = (const T*)p.key + head * p.room * p.dim;
-  const T* values = (const T*)p.value + head * p.room * p.dim;
+SIMD_TARGET void attend(const Problem& p, const Piece& piece, int64_t width) {
+  const int64_t queries = p.queries(), row = piece.row, length = p.lengths[row], kept = p.kept(row, piece.head);
+  const T *keys = (const T*)p.key + kept, *values = (const T*)p.value + kept;
   const bool in_place = width == p.dim;
   std::vector<float> query(queries * width), scores(queries * BLOCK);
   std::vector<T> tiles(in_place ? 0 : BLOCK * width);  // values up to whole tiles
   const float scale = 1 / std::sqrt((float)p.dim);
-  for (int64_t q = 0; q < queries; ++q) {  // those of one head one after the other
-    const float* from = p.query + ((batch * p.news + q % p.news) * p.heads + kv_head * p.group() + q / p.news) * p.dim;
+  for (int64_t q = 0; q < queries; ++q) {
+    const float* from = p.query + p.at(row, piece.head, q);
     for (int64_t i = 0; i < p.dim; ++i) query[q * width + i] = from[i] * scale;
+    piece.largest[q] = -INFINITY;
   }
   constexpr auto SCORE = simd::by_rows<TILE_ROWS>([](auto r) { return score<decltype(r)::value, T>; });
   constexpr auto MIX = simd::by_rows<TILE_ROWS>([](auto r) { return mix<decltype(r)::value, T>; });
-  for (; begin < end; begin += BLOCK) {
-    const int count = std::min<int64_t>(BLOCK, end - begin);
+  for (int64_t begin = piece.begin; begin < piece.end; begin += BLOCK) {
+    const int count = std::min<int64_t>(BLOCK, piece.end - begin);
     const T *key = keys + begin * p.dim, *value = values + begin * p.dim;
-    const int64_t ahead = begin + BLOCK < end ? BLOCK * p.dim : 0;
-    simd::in_tiles(queries, TILE_ROWS, [&](int64_t q, int64_t rows) {
+    const int64_t ahead = begin + BLOCK < length ? BLOCK * p.dim : 0;
+    const auto seen = [&](int64_t q) { return (int)std::min<int64_t>(p.seen(row, q) - begin, count); };
+    const int64_t first = std::max<int64_t>(0, begin - (length - p.news)) * p.group();  // query that sees some of it
+    simd::in_tiles(queries - first, TILE_ROWS, [&](int64_t q, int64_t rows) {
+      q += first;
       SCORE.of[rows](key, key + ahead, p.dim, &query[q * width], width, count, &scores[q * BLOCK]);
     });
-    for (int64_t q = 0; q < queries; ++q) {
+    for (int64_t q = first; q < queries; ++q) {
       float* s = &scores[q * BLOCK];
-      const int seen = std::clamp<int64_t>(p.length - p.news + 1 + q % p.news - begin, 0, count);
-      for (int j = seen; j < BLOCK; ++j) s[j] = j < count ? HIDDEN : 2 * HIDDEN;  // of no key: less than a hidden one
-      if (p.allowed)
-        for (int j = 0; j < seen; ++j) s[j] = p.allowed[batch * p.length + begin + j] ? s[j] : HIDDEN;
-      weigh(s, state.largest[q], state.total[q], &state.sums[q * width], width);
+      if (hide(p, row, begin, seen(q), s))
+        weigh(s, piece.largest[q], piece.total[q], &piece.sums[q * width], width);
+      else
+        std::fill(s, s + BLOCK, 0.0f);
     }
     if (!in_place)
       for (int j = 0; j < count; ++j) std::copy(value + j * p.dim, value + (j + 1) * p.dim, &tiles[j * width]);
     const T *from = in_place ? value : tiles.data(), *next = in_place ? value + ahead : from;
-    simd::in_tiles(queries, TILE_ROWS, [&](int64_t q, int64_t rows) {
-      MIX.of[rows](from, next, width, &scores[q * BLOCK], count, width, &state.sums[q * width]);
+    simd::in_tiles(queries - first, TILE_ROWS, [&](int64_t q, int64_t rows) {
+      q += first;
+      const int all = seen(q);  // the keys that all of these queries see; the later ones see more
+      MIX.of[rows](from, next, width, &scores[q * BLOCK], all, width, &piece.sums[q * width]);
+      for (int64_t one = q + 1; one < q + rows; ++one)
+        if (seen(one) > all)
+          mix<1>(from + all * width, next + all * width, width, &scores[one * BLOCK + all], seen(one) - all, width,
+                 &piece.sums[one * width]);
     });
   }
 }

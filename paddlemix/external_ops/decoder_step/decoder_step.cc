@@ -2,6 +2,7 @@
 // decoder_step: Paddle's side of decoder_step.h. __init__.py says what is given; it is checked here.
 #include "decoder_step.h"
 
+#include "../cached_attention/cache_rows.h"
 #include "../dtypes.h"
 
 namespace {
@@ -25,8 +26,8 @@ decoder_step::Floats widen(const Tensor& x) {
 // Writes to `key` and `value`, which are a cache and have no gradients.
 Tensors DecoderStep(const Tensor& x, const Tensors& norms, const Tensors& weights,
                     const paddle::optional<Tensors>& scales, const Tensor& cosine, const Tensor& sine,
-                    const Tensor& key, const Tensor& value, const paddle::optional<Tensor>& allowed, int64_t length,
-                    double epsilon) {
+                    const Tensor& key, const Tensor& value, const Tensor& lengths,
+                    const paddle::optional<Tensor>& slots, const paddle::optional<Tensor>& allowed, double epsilon) {
   PD_CHECK(norms.size() == NORMS && weights.size() == WEIGHTS && (!scales || scales->size() == WEIGHTS),
            "decoder_step takes two norms, seven weights and as many scales or none");
   const auto is_given = [](const Tensor& t) { return t.initialized() && t.numel() > 0; };
@@ -38,12 +39,12 @@ Tensors DecoderStep(const Tensor& x, const Tensors& norms, const Tensors& weight
   PD_CHECK(cosine.shape().size() == 4 && weights[0].shape().size() == 2 && weights[1].shape().size() == 2 &&
                weights[4].shape().size() == 2,
            "cosine must have four axes and a weight two");
-  PD_CHECK(cache.size() == 4 && cache[3] % 2 == 0 && value.shape() == cache && value.dtype() == key.dtype() &&
-               cache[0] == shape[0],
-           "key and value must be [B, kv, room, D] of one dtype, D even");
-  PD_CHECK(0 < shape[1] && shape[1] <= length && length <= cache[2], "length must be of the new tokens to the room");
-  PD_CHECK(!allowed || (allowed->dtype() == DataType::BOOL && allowed->shape() == Shape({shape[0], length})),
-           "allowed must be bool [B, length]");
+  PD_CHECK(cache.size() == 4 && cache[3] % 2 == 0 && value.shape() == cache && value.dtype() == key.dtype(),
+           "key and value must be [S, kv, room, D] of one dtype, D even");
+  const CacheRows rows(lengths, slots, shape[0], shape[1], cache);
+  PD_CHECK(rows.differ(), "two rows of decoder_step must not be written into one slot");
+  PD_CHECK(!allowed || (allowed->dtype() == DataType::BOOL && allowed->shape() == Shape({shape[0], rows.longest})),
+           "allowed must be bool [B, max(lengths)]");
   const int64_t angles = cosine.shape()[0];
   PD_CHECK((angles == 1 || angles == shape[0]) && is_float(cosine, {angles, shape[1], 1, cache[3]}) &&
                is_float(sine, cosine.shape()),
@@ -70,32 +71,36 @@ Tensors DecoderStep(const Tensor& x, const Tensors& norms, const Tensors& weight
       with_weight(weights[0].dtype(), [](auto type) { return &few_rows_linear::linear<decltype(type)>; });
   const auto step = with_float(key.dtype(), "the cache of decoder_step",
                                [](auto type) { return &decoder_step::step<decltype(type)>; });
-  step({linear,
-        x.data<float>(),
-        input_norm.data(),
-        post_norm.data(),
-        weight(0, hidden, attended),
-        weight(1, hidden, kept),
-        weight(2, hidden, kept),
-        weight(3, attended, hidden),
-        weight(4, hidden, inner),
-        weight(5, hidden, inner),
-        weight(6, inner, hidden),
-        cosine.data<float>(),
-        sine.data<float>(),
-        const_cast<void*>(key.data()),
-        const_cast<void*>(value.data()),
-        allowed ? allowed->data<bool>() : nullptr,
-        y.data<float>(),
-        shape[0],
-        shape[1],
-        attended / cache[3],
-        cache[1],
-        cache[3],
-        angles,
-        length,
-        cache[2],
-        epsilon});
+  decoder_step::Problem p;
+  p.linear = linear;
+  p.x = x.data<float>();
+  p.input_norm = input_norm.data();
+  p.post_norm = post_norm.data();
+  p.q = weight(0, hidden, attended);
+  p.k = weight(1, hidden, kept);
+  p.v = weight(2, hidden, kept);
+  p.o = weight(3, attended, hidden);
+  p.gate = weight(4, hidden, inner);
+  p.up = weight(5, hidden, inner);
+  p.down = weight(6, inner, hidden);
+  p.cosine = cosine.data<float>();
+  p.sine = sine.data<float>();
+  p.key = const_cast<void*>(key.data());
+  p.value = const_cast<void*>(value.data());
+  p.lengths = rows.lengths;
+  p.slots = rows.slots.data();
+  p.allowed = allowed ? allowed->data<bool>() : nullptr;
+  p.y = y.data<float>();
+  p.batch = shape[0];
+  p.news = shape[1];
+  p.heads = attended / cache[3];
+  p.kv_heads = cache[1];
+  p.dim = cache[3];
+  p.angles = angles;
+  p.longest = rows.longest;
+  p.room = cache[2];
+  p.epsilon = epsilon;
+  step(p);
   return {y};
 }
 
@@ -103,7 +108,7 @@ Tensors DecoderStep(const Tensor& x, const Tensors& norms, const Tensors& weight
 
 PD_BUILD_OP(decoder_step)
     .Inputs({"X", paddle::Vec("Norms"), paddle::Vec("Weights"), paddle::Optional(paddle::Vec("Scales")), "Cosine",
-             "Sine", "Key", "Value", paddle::Optional("Allowed")})
+             "Sine", "Key", "Value", "Lengths", paddle::Optional("Slots"), paddle::Optional("Allowed")})
     .Outputs({"Out"})
-    .Attrs({"length: int64_t", "epsilon: double"})
+    .Attrs({"epsilon: double"})
     .SetKernelFn(PD_KERNEL(DecoderStep));

@@ -27,10 +27,11 @@ struct Problem {
   const float *input_norm, *post_norm;              // [hidden]
   Weight q, k, v, o, gate, up, down;
   const float *cosine, *sine;  // [angles, news, dim]
-  void *key, *value;           // the cache, [batch, kv_heads, room, dim]; the new tokens are written into it
-  const bool* allowed;         // null or [batch, length]
+  void *key, *value;           // the cache, [slots, kv_heads, room, dim]; the new tokens are written into it
+  const int64_t *lengths, *slots;  // [batch]
+  const bool* allowed;         // null or [batch, longest]
   float* y;                    // [batch, news, hidden]
-  int64_t batch, news, heads, kv_heads, dim, angles, length, room;
+  int64_t batch, news, heads, kv_heads, dim, angles, longest, room;
   double epsilon;
 
   int64_t rows() const { return batch * news; }
@@ -40,14 +41,29 @@ using Floats = std::vector<float>;
 
 inline Floats linear(const Problem& p, const Floats& x, const Weight& w) {
   Floats y(p.rows() * w.out);
-  p.linear({x.data(), w.data, w.scale, y.data(), p.rows(), w.in, w.out});
+  few_rows_linear::Problem one;
+  one.x = x.data();
+  one.weight = w.data;
+  one.scale = w.scale;
+  one.y = y.data();
+  one.rows = p.rows();
+  one.in = w.in;
+  one.out = w.out;
+  p.linear(one);
   return y;
 }
 
 inline Floats rms_norm(const Problem& p, const float* x, const float* scale) {
   const int64_t hidden = p.q.in;
   Floats y(p.rows() * hidden), invvar(p.rows());
-  norm::forward<float, float>({x, scale, nullptr, nullptr, invvar.data(), p.rows(), hidden, p.epsilon}, y.data());
+  norm::Problem<float, float> one{};
+  one.x = x;
+  one.scale = scale;
+  one.invvar = invvar.data();
+  one.rows = p.rows();
+  one.cols = hidden;
+  one.epsilon = p.epsilon;
+  norm::forward(one, y.data());
   return y;
 }
 
@@ -68,13 +84,27 @@ Floats attention(const Problem& p, const Floats& x) {
       }
       for (int64_t h = 0; h < p.kv_heads; ++h) {
         const int64_t from = (row * p.kv_heads + h) * p.dim;
-        const int64_t to = ((b * p.kv_heads + h) * p.room + p.length - p.news + i) * p.dim;
+        const int64_t to = ((p.slots[b] * p.kv_heads + h) * p.room + p.lengths[b] - p.news + i) * p.dim;
         rotate_key(&key[from], p.cosine + angle, p.sine + angle, p.dim, (K*)p.key + to);
         for (int64_t j = 0; j < p.dim; ++j) norm::narrow(value[from + j], (K*)p.value + to + j);
       }
     }
-  cached_attention::attention<K>({query.data(), p.key, p.value, p.allowed, out.data(), p.batch, p.news, p.heads,
-                                  p.kv_heads, p.dim, p.length, p.room});
+  cached_attention::Problem over;
+  over.query = query.data();
+  over.key = p.key;
+  over.value = p.value;
+  over.lengths = p.lengths;
+  over.slots = p.slots;
+  over.allowed = p.allowed;
+  over.out = out.data();
+  over.batch = p.batch;
+  over.news = p.news;
+  over.heads = p.heads;
+  over.kv_heads = p.kv_heads;
+  over.dim = p.dim;
+  over.longest = p.longest;
+  over.room = p.room;
+  cached_attention::attention<K>(over);
   return linear(p, out, p.o);
 }
 

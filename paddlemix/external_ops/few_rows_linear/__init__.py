@@ -14,11 +14,17 @@ from paddlemix.utils import InputError
 
 from .. import operators, wants_gradient
 
-FEW_ROWS = 16  # so many rows are computed while the weights are read once; more go by blocks
+FEW_ROWS = 64  # so many rows are computed while the weights are read once; more go by blocks
+FEW_ROWS_WITHOUT = 8  # without the compiled operators, two rows a time
 GROUP = 128  # inputs that share a scale in 4 bits
 CHUNK = 1 << 24  # weights a time where they are widened with Paddle: never a whole large matrix in float32
 TINY = 1e-30  # a row or group of nothing larger becomes zeros: the inverse of its scale could overflow
 FLOATS = (paddle.float32, paddle.bfloat16, paddle.float16)
+
+
+def few_rows():
+    """So many rows of one call do not depend on each other: a row has the same bits alone and beside any others."""
+    return FEW_ROWS if operators() else FEW_ROWS_WITHOUT
 
 
 def few_rows_linear(x, weight, scale=None):
@@ -110,23 +116,33 @@ def _chunks(shape):
 
 def _with_paddle(x, weight, scale):
     """x [rows, in] -> [rows, out]"""
-    if weight.dtype != paddle.float32:
-        in_features = x.shape[1]
-        out = []
-        for rows in _chunks([weight.shape[0], in_features]):
-            part = weight[rows]
-            part = part.astype("float32") if scale is None else dequantize(part, scale[rows], in_features)
-            out.append(paddle.matmul(x, part, transpose_y=True))
-        return paddle.concat(out, axis=-1) if len(out) > 1 else out[0]
+    if weight.dtype == paddle.float32:
+        return _product(x, weight)
+    out = []
+    for rows in _chunks([weight.shape[0], x.shape[1]]):
+        part = weight[rows]
+        part = part.astype("float32") if scale is None else dequantize(part, scale[rows], x.shape[1])
+        out.append(_product(x, part))
+    return paddle.concat(out, axis=-1) if len(out) > 1 else out[0]
+
+
+def _product(x, weight):
+    """x [rows, in], weight float32 [out, in] -> [rows, out]
+
+    Few rows go in pairs, a row alone beside itself, so that each has the same bits whatever the others are. Paddle's
+    matmul reads a weight at twice the rate when it comes first, and for one row at half the rate of two.
+    """
     rows = x.shape[0]
-    if rows > 6:
+    if rows == 0 or rows > FEW_ROWS_WITHOUT:
         return paddle.matmul(x, weight, transpose_y=True)
-    # Paddle's matmul reads a weight at twice the rate when it comes first, and for one row alone at half the rate of
-    # two. The result [out, rows] is turned by one dense copy, which takes a tenth of the time of making a transposed
-    # view contiguous.
-    pair = x if rows > 1 else x.tile([2, 1])
-    out = paddle.matmul(weight, pair, transpose_y=True)
-    return F.channel_shuffle(out.reshape([1, -1, 1, 1]), weight.shape[0]).reshape([pair.shape[0], -1])[:rows]
+    out = []
+    for first in range(0, rows, 2):
+        pair = x[first : first + 2]
+        both = paddle.matmul(weight, pair if pair.shape[0] == 2 else pair.tile([2, 1]), transpose_y=True)
+        # [out, 2] is turned by one dense copy: a tenth of the time of making a transposed view contiguous
+        both = F.channel_shuffle(both.reshape([1, -1, 1, 1]), weight.shape[0]).reshape([2, -1])
+        out.append(both[: pair.shape[0]])
+    return paddle.concat(out) if len(out) > 1 else out[0]
 
 
 def _quantize(weight, bits):

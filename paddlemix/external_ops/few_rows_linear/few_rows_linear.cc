@@ -14,14 +14,15 @@ std::vector<Tensor> FewRowsLinear(const Tensor& x, const Tensor& weight, const p
   std::vector<int64_t> shape = x.shape();
   shape.back() = out;
   Tensor y = paddle::empty(shape, DataType::FLOAT32, x.place());
-  const few_rows_linear::Problem problem{x.data<float>(),
-                                         weight.data(),
-                                         scale ? scale->data<float>() : nullptr,
-                                         y.data<float>(),
-                                         in ? x.numel() / in : 0,
-                                         in,
-                                         out};
-  with_weight(weight.dtype(), [&](auto type) { few_rows_linear::linear<decltype(type)>(problem); });
+  few_rows_linear::Problem p;
+  p.x = x.data<float>();
+  p.weight = weight.data();
+  p.scale = scale ? scale->data<float>() : nullptr;
+  p.y = y.data<float>();
+  p.rows = in ? x.numel() / in : 0;
+  p.in = in;
+  p.out = out;
+  with_weight(weight.dtype(), [&](auto type) { few_rows_linear::linear<decltype(type)>(p); });
   return {y};
 }
 

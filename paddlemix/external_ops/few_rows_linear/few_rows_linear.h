@@ -12,7 +12,7 @@
 
 namespace few_rows_linear {
 
-constexpr int FEW_ROWS = 16;
+constexpr int FEW_ROWS = 64;  // so many rows do not depend on each other; more go by panels of weights
 constexpr int GROUP = 128;  // inputs that share a scale in 4 bits
 constexpr float TINY = 1e-30f;  // a row or group of nothing larger becomes zeros
 
@@ -46,7 +46,7 @@ void linear(const Problem& p) {
   const int64_t piece = std::min<int64_t>(64, (p.out / (2 * omp_get_max_threads()) + 3) / 4 * 4 + 4);
 #if defined(__x86_64__)
   if constexpr (std::is_same<T, uint8_t>::value)
-    if (p.rows > 0 && p.rows <= VNNI_ROWS && simd::level() == simd::VNNI && linear_vnni(p, piece)) return;
+    if (p.rows > 0 && p.rows <= FEW_ROWS && simd::level() == simd::VNNI) return linear_vnni(p, piece);
 #endif
   in_parallel(p.out, piece, p.rows * p.in * p.out, [&](int64_t begin, int64_t end) { outputs(p, begin, end); });
 }

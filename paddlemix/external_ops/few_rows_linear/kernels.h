@@ -1,5 +1,12 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// few_rows_linear.h includes it for each kind of vectors.
+// few_rows_linear.h includes it for each kind of vectors. The plain loop:
+//
+//   for each row r and output o:
+//     y[r][o] = 0
+//     for i in in: y[r][o] += x[r][i] * widen(weight[o][i])  // lane i % WIDTH of a vector of sums
+//     y[r][o] *= scale[o]                                     // int8; of 4 bits a scale for each group, in `widen`
+//
+// The lanes are added up in the end in one order, whatever R and O are: a row does not depend on its neighbours.
 namespace few_rows_linear {
 namespace SIMD {
 using namespace simd::SIMD;

@@ -28,7 +28,7 @@ def fused_rms_norm(x, scale, epsilon):
         y, invvar = ops.fused_rms_norm(x, scale, epsilon)
         return y, invvar.detach()
     wide = x.astype("float32")
-    invvar = paddle.rsqrt((wide * wide).mean(axis=-1) + epsilon)
+    invvar = _rsqrt((wide * wide).mean(axis=-1) + epsilon)
     return (wide * invvar.unsqueeze(-1) * scale.astype("float32")).astype(scale.dtype), invvar.detach()
 
 
@@ -49,9 +49,14 @@ def fused_ln(x, scale, bias, epsilon):
     wide = x.astype("float32")
     mean = wide.mean(axis=-1)
     centred = wide - mean.unsqueeze(-1)
-    invvar = paddle.rsqrt((centred * centred).mean(axis=-1) + epsilon)
+    invvar = _rsqrt((centred * centred).mean(axis=-1) + epsilon)
     y = centred * invvar.unsqueeze(-1) * scale.astype("float32") + bias.astype("float32")
     return y.astype(scale.dtype), mean.detach(), invvar.detach()
+
+
+def _rsqrt(x):
+    """In float64: of float32 the last bit of Paddle's rsqrt and sqrt depends on a value's place in the tensor."""
+    return (1 / paddle.sqrt(x.astype("float64"))).astype("float32")
 
 
 def _check(x, *parameters):
