@@ -8,9 +8,10 @@ from conftest import golden
 from paddlenlp.generation import MaxLengthCriteria, StoppingCriteriaList
 from paddlenlp.generation.logits_process import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
-from paddlemix.models.emu3 import ImageGrammar, generate_images, generate_text
-from paddlemix.models.emu3 import generation_emu3 as generation
-from paddlemix.models.emu3.generation_emu3 import Sampling
+from paddlemix.models.emu3 import ImageGrammar, decoding, generate_images, generate_text
+from paddlemix.models.emu3.decoding import Batch
+from paddlemix.models.emu3.generation_emu3 import make_drawings
+from paddlemix.models.emu3.sampling import Sampling
 from paddlemix.models.emu3.utils_emu3 import (
     Emu3PrefixConstrainedLogitsHelper,
     EosTokenCriteria,
@@ -40,14 +41,26 @@ def golden_codes():
         yield ids[prompt : prompt + h * (w + 1)].reshape(h, w + 1)[:, :-1] - 256
 
 
+def decode(model, drawings, decoding="auto", window=None, passes=10**6):
+    """(tokens gained by each step, forward passes) of at most so many steps"""
+    batch, gained = Batch(model, decoding, window), []
+    batch.join(*drawings)
+    while batch and batch.forward_passes < passes:
+        gained.append(sum(tokens for _, tokens in batch.step()))
+    return gained, batch.forward_passes
+
+
 def test_golden_guided_pictures(language_model):
     """Two pictures of different sizes in one batch, prompts of different lengths."""
-    told = []
-    pictures = generate_images(language_model, PROMPTS, SIZES, GRAMMAR, NEGATIVE, 3.0, GREEDY, on_tokens=told.append)
+    drawings = make_drawings(PROMPTS, SIZES, GRAMMAR, NEGATIVE, 3.0, GREEDY)
+    gained, passes = decode(language_model, drawings)
+    for drawing, expected in zip(drawings, golden_codes(), strict=True):
+        np.testing.assert_array_equal(drawing.codes(), expected)
+    assert sum(gained) == sum(GRAMMAR.num_tokens(h, w) for h, w in SIZES)
+    assert SIZES == [(3, 5), (4, 3)] and passes == 15  # as many as the larger picture has codes
+    pictures = generate_images(language_model, PROMPTS, SIZES, GRAMMAR, NEGATIVE, 3.0, GREEDY)
     for codes, expected in zip(pictures.codes, golden_codes(), strict=True):
         np.testing.assert_array_equal(codes, expected)
-    assert sum(told) == sum(GRAMMAR.num_tokens(h, w) for h, w in SIZES)
-    assert SIZES == [(3, 5), (4, 3)] and pictures.forward_passes == 16  # 17 positions; row ends of both meet at 11
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (4, 2)])
@@ -102,63 +115,46 @@ def test_seeds_give_the_pictures_they_gave_at_first(language_model, drawn):
 def test_jacobi_draws_the_same_pictures(language_model, sizes, window, guidance_scale):
     """Where noise decides (high temperatures), guesses made from wrong neighbours are mostly right; else few are."""
     prompts, negative = PROMPTS[: len(sizes)], NEGATIVE[: len(sizes)]
-    longest = max(h * (w + 1) for h, w in sizes)
     for seed, settings in enumerate([{}, {"top_k": 1}, {"top_p": 0.9}, {"temperature": 4}, {"temperature": 100}]):
         how = prompts, sizes, GRAMMAR, negative, guidance_scale, Sampling(seed=seed, **settings)
-        told, rows = [], []
         step = generate_images(language_model, *how, decoding="step")
-        jacobi = generate_images(
-            language_model, *how, told.append, decoding="jacobi", window=window, on_row=rows.append
-        )  # fmt: skip
-        for codes, expected in zip(jacobi.codes, step.codes, strict=True):
-            np.testing.assert_array_equal(codes, expected)
-        assert sum(told) == sum(GRAMMAR.num_tokens(h, w) for h, w in sizes)
-        assert rows[-1].shape == (len(sizes), longest - 1)
-        assert jacobi.forward_passes <= step.forward_passes
-    assert jacobi.forward_passes < 0.7 * step.forward_passes
+        drawings = make_drawings(*how)
+        gained, passes = decode(language_model, drawings, "jacobi", window)
+        for drawing, expected in zip(drawings, step.codes, strict=True):
+            np.testing.assert_array_equal(drawing.codes(), expected)
+        assert sum(gained) == sum(GRAMMAR.num_tokens(h, w) for h, w in sizes)
+        assert [len(drawing.drawn()) for drawing in drawings] == [h * (w + 1) - 1 for h, w in sizes]
+        assert passes <= step.forward_passes
+    assert passes < 0.7 * step.forward_passes
 
 
 @pytest.mark.parametrize(
-    ("rows", "cheap_rows", "window"), [(1, 2, 2), (2, 2, 0), (1, 6, 6), (2, 6, 3), (4, 6, 0), (2, 4, 2), (2, None, 16)]
+    ("rows", "cheap_rows", "window"), [(1, 2, 2), (2, 2, 0), (1, 6, 6), (2, 6, 3), (4, 6, 0), (2, 4, 2), (2, None, 15)]
 )
 def test_auto_chooses_by_device_and_rows(rows, cheap_rows, window):
-    assert generation._window("auto", None, rows, cheap_rows) == window
-    assert generation._window("step", None, rows, cheap_rows) == 0
-    assert generation._window("jacobi", 5, rows, cheap_rows) == 5
+    assert decoding.choose_window("auto", None, rows, cheap_rows) == window
+    assert decoding.choose_window("step", None, rows, cheap_rows) == 0
+    assert decoding.choose_window("jacobi", 5, rows, cheap_rows) == 5
 
 
-def test_cheap_rows_follow_the_operators(language_model, monkeypatch):
-    monkeypatch.setattr(generation, "operators", lambda: None)
-    assert generation._cheap_rows(language_model) == 2
-    monkeypatch.setattr(generation, "operators", object)
-    assert generation._cheap_rows(language_model) == generation.CHEAP_ROWS[language_model.weight_dtype] > 2
-
-
-@pytest.mark.parametrize("decoding", ["step", "jacobi"])
+@pytest.mark.parametrize("how", ["step", "jacobi"])
 @pytest.mark.parametrize("sizes", [[(4, 3)], [(3, 5), (4, 3)], [(3, 4)] * 2])
-def test_an_interrupted_drawing_goes_on_to_the_same_pictures(language_model, sizes, decoding):
-    how = language_model, PROMPTS[: len(sizes)], sizes, GRAMMAR, NEGATIVE[: len(sizes)], 3.0, Sampling(seed=3)
-    rows = []
-    whole = generate_images(*how, decoding="step", on_row=rows.append)
-    [told, left] = [], []
-
-    def interrupt(drawn):
-        left.append(drawn)
-        if len(left) == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        generate_images(*how, decoding=decoding, on_row=interrupt)
-    assert len(left) == 3 and left[1].tolist() == left[2].tolist()  # the latest is told again on its way out
-    for drawn in (left[1], rows[0][:, :2], rows[-1]):  # at a row's end, within a row, and with nothing left to draw
-        told.clear()
-        again = generate_images(*how, told.append, decoding, drawn=drawn)
-        for codes, expected in zip(again.codes, whole.codes, strict=True):
-            np.testing.assert_array_equal(codes, expected)
-        done = sum(min(drawn.shape[1], h * (w + 1) - 1) for h, w in sizes)
-        assert sum(told) == sum(GRAMMAR.num_tokens(h, w) for h, w in sizes) - done
-        assert again.forward_passes < whole.forward_passes
-    assert again.forward_passes == 0
+def test_a_drawing_that_was_cut_off_goes_on_to_the_same_pictures(language_model, sizes, how):
+    count = len(sizes)
+    request = PROMPTS[:count], sizes, GRAMMAR, NEGATIVE[:count], 3.0, Sampling(seed=3)
+    whole = make_drawings(*request)
+    _, passes = decode(language_model, whole, "step")
+    cut = make_drawings(*request)
+    decode(language_model, cut, how, passes=4)
+    within_a_row = [drawing.drawn()[: 2 + i] for i, drawing in enumerate(whole)]
+    for drawn in ([d.drawn() for d in cut], within_a_row, [d.drawn() for d in whole], [w.drawn()[:0] for w in whole]):
+        again = make_drawings(*request, drawn)
+        gained, more = decode(language_model, again, how)
+        for drawing, expected in zip(again, whole, strict=True):
+            np.testing.assert_array_equal(drawing.codes(), expected.codes())
+        done = sum(d.tokens if len(tokens) == len(d.drawn()) else len(tokens) for d, tokens in zip(whole, drawn))
+        assert sum(gained) == sum(GRAMMAR.num_tokens(h, w) for h, w in sizes) - done
+        assert more <= passes and (more == 0) == (done == sum(d.tokens for d in whole))
 
 
 def frequencies(sampling, logits, draws=4000):
@@ -203,10 +199,9 @@ def test_mistakes(language_model):
     with pytest.raises(ValueError, match="window must be 1 or more"):
         generate_images(*how, decoding="jacobi", window=0)
     for drawn, words in [
-        (np.array([[256, 256, 256]]), "cannot stand"), (np.array([[256, 3]]), "cannot stand"),
-        (np.array([256]), "pictures, positions"), (np.array([[256], [256]]), "pictures, positions"),
-        (np.array([[256, 256, 206, 256, 256, 206]]), "at most"), (np.array([[256.5]]), "int64"),
-        ([[3]], "cannot stand"),
+        ([[256, 256, 256]], "cannot stand"), ([[256, 3]], "cannot stand"), ([[3]], "cannot stand"),
+        ([256], "positions"), ([[256], [256]], "1 pictures, got 2"), ([[256, 256, 206, 256, 256, 206]], "at most"),
+        ([[256.5]], "int64"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             generate_images(*how, drawn=drawn)

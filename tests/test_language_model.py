@@ -68,14 +68,14 @@ def test_in_pieces_through_the_cache(language_model):
         language_model.model(IDS[:, :1], past_key_values=cache)
 
 
-def test_a_cache_takes_its_room_in_blocks(language_model, monkeypatch):
+def test_a_cache_grows_in_blocks(language_model, monkeypatch):
     monkeypatch.setattr(cache_module, "CACHE_BLOCK", 8)
-    cache, rooms = language_model.make_cache(2, 20), []
+    cache, capacities = language_model.make_cache(2, 20), []
     pieces = []
     for a, b in [(0, 7), (7, 8), (8, 9), (9, 20)]:
         pieces.append(logits_of(language_model, IDS[:, a:b], MASK[:, :b], past_key_values=cache))
-        rooms.append(cache.room)
-    assert rooms == [8, 8, 16, 20]
+        capacities.append(cache.capacity)
+    assert capacities == [8, 8, 16, 20]
     whole = logits_of(language_model, IDS, MASK)
     assert relative_error(np.concatenate(pieces, axis=1)[:, 7:], whole[:, 7:]) < 1e-5
 

@@ -15,7 +15,7 @@ from paddlemix.utils import InputError
 from .. import operators, wants_gradient
 
 FEW_ROWS = 64  # so many rows are computed while the weights are read once; more go by blocks
-FEW_ROWS_WITHOUT = 8  # without the compiled operators, two rows a time
+FEW_ROWS_WITHOUT = 16  # without the compiled operators, two rows a time
 GROUP = 128  # inputs that share a scale in 4 bits
 CHUNK = 1 << 24  # weights a time where they are widened with Paddle: never a whole large matrix in float32
 TINY = 1e-30  # a row or group of nothing larger becomes zeros: the inverse of its scale could overflow

@@ -1,8 +1,9 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The keys and values of tokens that the model has read."""
+"""The keys and values of tokens that the model has read: slots, in each of which a row has its own length."""
 
 import math
 
+import numpy as np
 import paddle
 
 from paddlemix.machine import require_memory
@@ -11,45 +12,108 @@ CACHE_BLOCK = 1024  # tokens that a cache grows by
 
 
 class KVCache:
-    """Keys and values of every layer, [batch, kv_heads, room, head_dim], written in place.
+    """Keys and values of every layer, [slots, kv_heads, capacity, head_dim], written in place.
 
-    `length` tokens are in it, of at most `max_length`. A step attends over all of the room: its shapes stay, and no
-    key is moved. The room grows in blocks, so that few of its places are empty.
+    A slot holds the tokens of one row, from its place 0 on: `lengths[slot]` of them, int64 [slots]. Shorten a row by
+    setting its length. The capacity grows in blocks up to `max_length`; no key is moved when a row comes or goes.
+
+    Args:
+        config: Emu3Config.
+        slots: how many rows it starts with; `take` adds more.
+        max_length: how many tokens a row may have.
+        dtype: "float32", "float16" or "bfloat16".
+
+    Raises:
+        InputError: there is not enough memory for all of its rows at their full length.
     """
 
-    def __init__(self, config, batch_size, max_length, dtype="float32"):
-        self.length, self.max_length = 0, max_length
-        layers, kv_heads, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        itemsize = paddle.empty([0], dtype=dtype).element_size()
-        require_memory(
-            2 * layers * batch_size * kv_heads * max_length * head_dim * itemsize,
-            f"for the keys and values of {batch_size * max_length} tokens",
-        )
-        shape = [batch_size, kv_heads, min(max_length, CACHE_BLOCK), head_dim]
-        self.keys, self.values = ([paddle.zeros(shape, dtype=dtype) for _ in range(layers)] for _ in "kv")
+    def __init__(self, config, slots, max_length, dtype="float32"):
+        self.lengths, self.taken, self.max_length = np.zeros(slots, np.int64), [False] * slots, max_length
+        self.shape = config.num_key_value_heads, config.head_dim
+        self.layers, self.itemsize = config.num_hidden_layers, paddle.empty([0], dtype=dtype).element_size()
+        self._require_memory(slots, max_length, 0)
+        shape = [slots, self.shape[0], min(max_length, CACHE_BLOCK), self.shape[1]]
+        self.keys, self.values = ([paddle.zeros(shape, dtype=dtype) for _ in range(self.layers)] for _ in "kv")
 
     @property
-    def room(self):
+    def slots(self):
+        return len(self.lengths)
+
+    @property
+    def on_cpu(self):
+        return self.keys[0].place.is_cpu_place()
+
+    @property
+    def capacity(self):
+        """Tokens that a row has memory for."""
         return self.keys[0].shape[2]
 
+    @property
+    def length(self):
+        """Tokens of every row, where all have the same number, as in PaddleNLP's `generate`."""
+        return int(self.lengths[0])
+
+    @length.setter
+    def length(self, length):
+        self.lengths[:] = length
+
+    def take(self, count, max_length):
+        """`count` free slots for rows of at most `max_length` tokens, made where there are too few: a list of int."""
+        free = [i for i, taken in enumerate(self.taken) if not taken][:count]
+        more = count - len(free)
+        slots, max_length = self.slots + more, max(self.max_length, max_length)
+        self._require_memory(slots, max_length, self.slots * self.capacity)
+        self.max_length = max_length
+        if more:
+            self._map(lambda x: paddle.concat([x, paddle.zeros([more, *x.shape[1:]], x.dtype)]))
+            free += range(self.slots, slots)
+            self.lengths = np.append(self.lengths, np.zeros(more, np.int64))
+            self.taken += [False] * more
+        for slot in free:
+            self.taken[slot], self.lengths[slot] = True, 0
+        return free
+
+    def free(self, slots):
+        for slot in slots:
+            self.taken[slot], self.lengths[slot] = False, 0
+
     def reserve(self, length):
-        """Room for `length` tokens, and for the rest of the block that the last one is in."""
-        more = min(math.ceil(length / CACHE_BLOCK) * CACHE_BLOCK, self.max_length) - self.room
-        if length > self.room:
-            for tensors in (self.keys, self.values):
-                for i, x in enumerate(tensors):  # one by one: never the whole cache twice
-                    empty = paddle.zeros([*x.shape[:2], more, x.shape[3]], x.dtype)
-                    tensors[i] = paddle.concat([x, empty], axis=2)
+        """Capacity for `length` tokens a row, and for the rest of the block that the last one is in."""
+        more = min(math.ceil(length / CACHE_BLOCK) * CACHE_BLOCK, self.max_length) - self.capacity
+        if length > self.capacity:
+            self._map(lambda x: paddle.concat([x, paddle.zeros([*x.shape[:2], more, x.shape[3]], x.dtype)], axis=2))
 
-    def write(self, layer, key, value):
-        """Put keys and values [batch, kv_heads, new, head_dim] after those that are in it."""
-        end = self.length + key.shape[2]
-        dtype = self.keys[layer].dtype
-        self.keys[layer][:, :, self.length : end] = key.astype(dtype)
-        self.values[layer][:, :, self.length : end] = value.astype(dtype)
+    def write(self, layer, key, value, mask):
+        """Put keys and values [rows, kv_heads, new, head_dim] after those that are in the rows' slots; `mask` is the
+        pass's attention.Mask, which knows the slots and how many tokens are in them."""
+        for cached, new in ((self.keys[layer], key), (self.values[layer], value)):
+            new = new.astype(cached.dtype)
+            if mask.by_row and self.on_cpu:  # whose scatter knows no 16 bits
+                for row, (slot, past) in enumerate(mask.host_rows):
+                    cached[slot, :, past : past + mask.new] = new[row]
+            elif mask.by_row:
+                rows = [-1, self.shape[1]]
+                cached.view(rows).scatter_(mask.cache_rows(cached.shape), new.reshape(rows))
+            elif mask.slots is None:
+                cached[:, :, mask.past : mask.past + mask.new] = new
+            else:
+                cached[mask.slots, :, mask.past : mask.past + mask.new] = new[0]
 
-    def with_room(self, length):
-        """This cache if it takes `length` tokens in all, else a copy that takes twice its own or that many."""
+    def read(self, layer, mask):
+        """(keys, values) that the pass attends to: the whole cache, or the slot of a prompt's only row."""
+        both = self.keys[layer], self.values[layer]
+        if mask.by_row or mask.slots is None:
+            return both
+        return tuple(x[mask.slots : mask.slots + 1] for x in both)
+
+    def copy_row(self, source, target, length):
+        """Let `target` hold the first `length` tokens of `source` too."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+        self.lengths[target] = length
+
+    def grown_to(self, length):
+        """This cache if a row may have `length` tokens, else a copy whose rows may have twice as many or that many."""
         if length <= self.max_length:
             return self
         other = self.map(paddle.clone)
@@ -59,21 +123,20 @@ class KVCache:
     def map(self, function):
         """A cache of the tensors that `function` makes of this one's; where they are views, of copies."""
         other = object.__new__(KVCache)
+        other.__dict__.update(self.__dict__)
         other.keys, other.values = ([function(x).contiguous() for x in xs] for xs in (self.keys, self.values))
-        other.length, other.max_length = self.length, self.max_length
+        slots = other.keys[0].shape[0]
+        other.lengths, other.taken = np.full(slots, self.length), [False] * slots
         return other
 
+    def _map(self, function):
+        for tensors in (self.keys, self.values):
+            for i, x in enumerate(tensors):  # one by one: never the whole cache twice
+                tensors[i] = function(x)
 
-class CacheAt:
-    """A KVCache whose next tokens go to `positions`, int64 [new] on the device; its `length` is not read."""
-
-    def __init__(self, cache, positions):
-        self.keys, self.values = cache.keys, cache.values
-        batch, kv_heads, room, self.head_dim = self.keys[0].shape
-        self.rows = (paddle.arange(0, batch * kv_heads * room, room).unsqueeze(-1) + positions).flatten()
-
-    def write(self, layer, key, value):
-        """Put keys and values [batch, kv_heads, new, head_dim] there."""
-        for cached, new in ((self.keys[layer], key), (self.values[layer], value)):
-            rows = [-1, self.head_dim]
-            cached.view(rows).scatter_(self.rows, new.astype(cached.dtype).reshape(rows))
+    def _require_memory(self, slots, max_length, held):
+        """`held`: the tokens that memory was taken for before."""
+        heads, dim = self.shape
+        tokens = slots * max_length
+        size = 2 * self.layers * heads * dim * self.itemsize
+        require_memory(size * (tokens - held), f"for the keys and values of {tokens} tokens")

@@ -48,6 +48,16 @@ class ImageGrammar:
             encode_text=tokenizer.encode,
         )  # fmt: skip
 
+    @classmethod
+    def from_config(cls, config, encode_text=None):
+        """The grammar of an Emu3Config: its visual tokens are those after the end of a picture, to the last token."""
+        first = config.eoi_token_id + 1
+        return cls(
+            img=config.img_token_id, boi=config.boi_token_id, eoi=config.eoi_token_id, eol=config.eol_token_id,
+            eof=config.eof_token_id, eos=config.eos_token_id, pad=config.pad_token_id, first_visual=first,
+            codebook_size=config.vocab_size - first, encode_text=encode_text,
+        )  # fmt: skip
+
     @staticmethod
     def num_tokens(height, width):
         """Tokens of a picture from its first visual token to EOS."""

@@ -19,7 +19,7 @@ from paddlemix.paddle_private import is_untouched
 from paddlemix.utils import InputError
 
 from .attention import Mask, Rotary, allowed_keys, attend, count_positions
-from .cache import CacheAt, KVCache
+from .cache import KVCache
 from .checkpoint import CheckpointMixin, dtype_name
 from .configuration_emu3 import QUANTIZATIONS, Emu3Config
 from .linear import Emu3Linear, normal, use_weight_only_kernels
@@ -53,13 +53,13 @@ class Emu3Attention(nn.Layer):
 
     def forward(self, x, rotary, mask, cache):
         by_head = [*x.shape[:2], -1, self.config.head_dim]
-        query = rotary.turn(self.q_proj(x).reshape(by_head))
-        key = rotary.turn(self.k_proj(x).reshape(by_head)).transpose([0, 2, 1, 3])
+        query = rotary.apply(self.q_proj(x).reshape(by_head))
+        key = rotary.apply(self.k_proj(x).reshape(by_head)).transpose([0, 2, 1, 3])
         value = self.v_proj(x).reshape(by_head).transpose([0, 2, 1, 3])
         if cache is not None:
-            cache.write(self.layer, key, value)  # in the cache's dtype
+            cache.write(self.layer, key, value, mask)  # in the cache's dtype
             if not mask.is_first:
-                key, value = cache.keys[self.layer], cache.values[self.layer]
+                key, value = cache.read(self.layer, mask)
         dropout = self.config.attention_dropout if self.training else 0.0
         return self.o_proj(attend(query, key, value, mask, dropout))
 
@@ -84,8 +84,6 @@ class Emu3DecoderLayer(nn.Layer):
         self.post_attention_layernorm = Emu3RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, rotary, mask, cache=None):
-        if self._has_decoder_step(x, mask):
-            return self._decoder_step(x, rotary, mask, cache)
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -95,29 +93,27 @@ class Emu3DecoderLayer(nn.Layer):
         norms = self.input_layernorm, self.post_attention_layernorm
         return norms, (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
-    def _has_decoder_step(self, x, mask):
-        """The compiled operator takes few tokens on a CPU and the layers as they were made, and gives no gradient."""
-        few = not mask.is_first and not mask.past_on_device and x.shape[0] * x.shape[1] <= FEW_ROWS
-        on_cpu = x.dtype == paddle.float32 and x.place.is_cpu_place() and operators() is not None
-        if not few or not on_cpu or mask.by_query or paddle.is_grad_enabled() or self.training:
-            return False
-        if not (_is_plain(self.self_attn, Emu3Attention) and _is_plain(self.mlp, Emu3MLP)):
-            return False
+    def is_plain(self):
+        """Whether the layer is as it was made: then decoder_step computes the same."""
         norms, linears = self._parts()
         return (
-            all(_is_plain(part, Emu3RMSNorm) and part.weight.dtype != paddle.float64 for part in norms)
+            _is_plain(self, Emu3DecoderLayer)
+            and _is_plain(self.self_attn, Emu3Attention)
+            and _is_plain(self.mlp, Emu3MLP)
+            and all(_is_plain(part, Emu3RMSNorm) and part.weight.dtype != paddle.float64 for part in norms)
             and all(_is_plain(part, Emu3Linear) for part in linears)
             and len({part.weight.dtype for part in linears}) == len({part.eps for part in norms}) == 1
         )
 
-    def _decoder_step(self, x, rotary, mask, cache):
+    def step(self, x, rotary, mask, cache):
+        """What `forward` gives for few tokens on a CPU, by the compiled decoder_step."""
         norms, linears = self._parts()
         layer = self.self_attn.layer
         return decoder_step(
             x, [part.weight for part in norms], [part.weight for part in linears],
             None if linears[0].weight_scale is None else [part.weight_scale for part in linears],
-            rotary.cos, rotary.sin, cache.keys[layer], cache.values[layer], mask.past + mask.new, norms[0].eps,
-            mask.padding,
+            rotary.cos, rotary.sin, cache.keys[layer], cache.values[layer], mask.lengths(x.shape[0]),
+            mask.slots if mask.by_row else None, norms[0].eps, mask.padding,
         )  # fmt: skip
 
 
@@ -185,35 +181,62 @@ class Emu3Model(CheckpointMixin, nn.Layer):
             past_key_values.length = length
         return x
 
-    def step(self, input_ids, past, allowed, cache):
-        """What `forward` gives after tokens whose number only the device knows.
+    def read_prompt(self, input_ids, past, length, slot, cache):
+        """Put the keys and values of a part of one row's prompt into the cache.
 
-        No shape and no Python number depends on it, and nothing waits for the device: a CUDA graph of one call stands
-        for those at other positions, until the cache grows.
+        What is put there depends on the row's own tokens and on where its parts begin, and on nothing else.
 
         Args:
-            input_ids: int64 [batch, new].
-            past: int64 [1], how many tokens are in the cache.
-            allowed: bool [batch, 1, 1, room of the cache], False at padding; None where there is none.
-            cache: KVCache with room for the new tokens. Its own `length` is neither read nor changed.
+            input_ids: int64 [1, new].
+            past: how many tokens of the row are in the cache.
+            length: of the whole prompt.
+            slot: the row's.
+            cache: KVCache with capacity for the new tokens. Its lengths are neither read nor changed.
+        """
+        new = input_ids.shape[1]
+        rotary = Rotary(self.config, count_positions(None, past, new, 1), length)
+        self._run(self.embed_tokens(input_ids), rotary, Mask(past, new, slots=slot), cache)
+
+    def step(self, input_ids, past, slots, cache):
+        """Hidden states of new tokens of several rows, each after its own number of tokens.
+
+        No shape and no Python number depends on how many there are, and nothing waits for the device: a CUDA graph of
+        one call stands for those at other positions, until the cache grows.
+
+        Args:
+            input_ids: int64 [rows, new].
+            past: int64 [rows], how many tokens of each row are in the cache.
+            slots: int64 [rows]; None where row i is slot i.
+            cache: KVCache with capacity for the new tokens. Its lengths are neither read nor changed.
 
         Returns:
-            [batch, new, hidden_size]
+            [rows, new, hidden_size]
         """
-        batch, new = input_ids.shape
-        length = past.astype("float64") + new
-        rotary = Rotary(self.config, count_positions(allowed, past, new, batch), length)
-        cache = CacheAt(cache, past + paddle.arange(new))
-        return self._run(self.embed_tokens(input_ids), rotary, Mask(past, new, allowed), cache)
+        mask = Mask(past, input_ids.shape[1], slots=slots)
+        rotary = Rotary(self.config, mask.places, mask.places.astype("float64") + 1)
+        return self._run(self.embed_tokens(input_ids), rotary, mask, cache)
 
     def _run(self, x, rotary, mask, cache):
         x = x.astype("float32") if x.place.is_cpu_place() else x
+        has_step = self._has_step(x, mask)
         for layer in self.layers:
-            if self.enable_recompute and self.training and cache is None:
+            if has_step:
+                x = layer.step(x, rotary, mask, cache)
+            elif self.enable_recompute and self.training and cache is None:
                 x = recompute(layer, x, rotary, mask, use_reentrant=False)  # reentrant, it skips frozen inputs
             else:
                 x = layer(x, rotary, mask, cache)
         return self.norm(x)
+
+    def _has_step(self, x, mask):
+        """decoder_step takes few tokens after others on a CPU and layers as they were made, and gives no gradient."""
+        few = not mask.is_first and x.shape[0] * x.shape[1] <= FEW_ROWS and not mask.by_query
+        on_cpu = x.dtype == paddle.float32 and x.place.is_cpu_place() and operators() is not None
+        if not few or not on_cpu or paddle.is_grad_enabled() or self.training:
+            return False
+        if not mask.by_row and mask.slots is not None:
+            return False  # a prompt's own row is a view of the cache
+        return all(layer.is_plain() for layer in self.layers)
 
 
 class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
@@ -299,7 +322,7 @@ class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
         if labels is not None and (logits_to_keep or labels.shape != input_shape):
             raise InputError(f"labels must be {input_shape}, as the tokens, and take the logits of all of them")
         if past_key_values is not None:
-            past_key_values = past_key_values.with_room(past_key_values.length + input_shape[1])
+            past_key_values = past_key_values.grown_to(past_key_values.length + input_shape[1])
         elif use_cache:
             past_key_values = self.make_cache(*input_shape)
         hidden_states = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)

@@ -1,0 +1,460 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Decoding step by step: sequences, each with its own request, and the batch that runs the model for all of them.
+
+A sequence (`Drawing`, `Answer`) knows its prompts, its tokens and its sampling. A `Batch` owns the cache and is the
+only caller of the model: sequences join it and leave it between two passes, and none changes another's tokens.
+"""
+
+import math
+from collections import deque
+
+import numpy as np
+import paddle
+
+from paddlemix.external_ops import operators
+from paddlemix.external_ops.few_rows_linear import few_rows
+from paddlemix.utils import InputError
+
+from .sampling import GREEDY, Noise, Sampling
+
+DECODING = ("auto", "step", "jacobi")
+WINDOW = 15  # tokens that a pass of "jacobi" guesses: twice as many save a tenth of the passes more
+# Rows of a product on a CPU that take at most about a quarter longer than two, by dtype of the weights; without the
+# compiled operators two take as long as one and four twice as long.
+CHEAP_ROWS = {"float32": 6, "bfloat16": 6, "int8": 4, "int4": 2}
+PROMPT_CHUNK = {"cpu": 512, "gpu": 4096}  # tokens of a prompt that are read at once, between the others' steps
+
+
+def check_guidance_scale(guidance_scale):
+    if not math.isfinite(guidance_scale):
+        raise InputError(f"guidance_scale must be a finite number, 1 for no guidance, got {guidance_scale}")
+
+
+class Drawing:
+    """One picture: its tokens, drawn one after the other, between those that the grammar forces.
+
+    With guidance (Ho and Salimans, arXiv 2207.12598) it takes two rows of a pass, with and without the prompt, and the
+    logits are scale * (cond - uncond) + uncond. Only the visual tokens' rows of the head are computed, and what the
+    grammar forces takes no pass of its own.
+
+    Args:
+        prompt: token ids that end with the image token (Emu3Processor, mode "G").
+        size: (h, w) in codes.
+        grammar: ImageGrammar.
+        negative_prompt: as prompt; what guidance leads away from. Needed unless guidance_scale is 1.
+        guidance_scale: 1 is no guidance.
+        sampling: Sampling.
+        number: of the picture in its request: another number gives another picture for the same seed.
+        drawn: int64 [positions], what `drawn()` gave of this very picture before: it is gone on with.
+
+    Raises:
+        InputError: a prompt, a size, a scale or `drawn` that cannot be.
+    """
+
+    def __init__(
+        self, prompt, size, grammar, negative_prompt=None, guidance_scale=3.0, sampling=None, number=0, drawn=None
+    ):
+        check_guidance_scale(guidance_scale)
+        guided = guidance_scale != 1
+        self.prompts = [prompt, negative_prompt] if guided else [prompt]
+        if not all(row and row[-1] == grammar.img for row in self.prompts):
+            raise InputError(
+                "a drawing prompt, and with guidance a negative prompt, must end with the image token: make it with "
+                "Emu3Processor, mode='G'"
+            )
+        if min(size) < 1:
+            raise InputError(f"a picture has at least one row and one column of tokens, got {tuple(size)}")
+        self.size, self.grammar, self.guidance_scale, self.number = size, grammar, guidance_scale, number
+        self.sampling = sampling or Sampling()
+        self.head = grammar.first_visual, grammar.first_visual + grammar.codebook_size  # the outputs that it needs
+        self.noise = Noise(self.sampling, number, grammar.codebook_size)
+        # from the prompt's last token to the last visual one; what follows that is known without the model
+        self.forced = np.append(grammar.img, grammar.forced_ids([size])[0, :-1])
+        self.ids = np.where(self.forced < 0, grammar.first_visual, self.forced)
+        self.known = 1  # so many ids are drawn or forced, those behind them are guesses
+        self.cached = 0  # so many ids are in the cache for good
+        if drawn is not None:
+            self.known += self._check_drawn(drawn)
+            self.ids[1 : self.known] = drawn
+        self.length = max(map(len, self.prompts)) - 1 + len(self.ids)
+        self.window = 0
+
+    @property
+    def tokens(self):
+        """Tokens of the whole picture, up to its end of sequence."""
+        return self.grammar.num_tokens(*self.size)
+
+    @property
+    def is_done(self):
+        return self._next() == len(self.ids)
+
+    @property
+    def rows(self):
+        """Rows of the picture that are drawn."""
+        return self.size[0] if self.is_done else self.known // (self.size[1] + 1)  # a row's end is known with its last
+
+    def drawn(self):
+        """The tokens up to now, int64 [positions]."""
+        return self.ids[1 : len(self.ids) if self.is_done else self.known].copy()
+
+    def codes(self):
+        """The picture's codes, int64 [h, w]; of the rows that are drawn where it is not done."""
+        return self.grammar.whole_rows(self.drawn(), *self.size)
+
+    def feed(self, most, window):
+        """What the next pass reads: (ids int64 [new], how many of their hidden states it picks from).
+
+        At most `most` ids; the last ones may be `window` guesses of tokens to come.
+        """
+        stop = self._next()
+        if stop - self.cached > most:  # tokens that were drawn in an earlier process are read again
+            return self.ids[self.cached : self.cached + most], 0
+        self.window = max(0, min(window, len(self.ids) - 1 - stop, most - (stop - self.cached)))
+        return self.ids[self.cached : stop + self.window], 1 + self.window
+
+    def draws(self):
+        """Noise float32 [picked, tokens] for the positions that the pass picks; None where none is needed."""
+        start = self._next() - 1
+        return self.noise(start, start + 1 + self.window)
+
+    def look_ahead(self):
+        """Make the noise of the next pass, while this one is computed."""
+        start = self._next() - 1
+        self.noise.make(start, min(start + 1 + self.window + Noise.AHEAD, len(self.ids) - 1))
+
+    def pick(self, logits, noise):
+        """Logits float32 [rows, picked, tokens] -> ids int64 [picked]"""
+        if len(logits) > 1:
+            conditional, unconditional = logits[0], logits[1]
+            logits = unconditional + self.guidance_scale * (conditional - unconditional)
+        else:
+            logits = logits[0]
+        return self.sampling.pick(logits, noise) + self.grammar.first_visual
+
+    def accept(self, read, picked):
+        """Take what a pass picked, int64 [picked], after it read so many ids. Returns how many tokens were gained."""
+        if not len(picked):
+            self.cached += read
+            return 0
+        start, before = self._next(), self._gained()
+        span = slice(start, start + len(picked))
+        sampled, picked = picked, np.where(self.forced[span] < 0, picked, self.forced[span])
+        # a token counts where all the guesses before it were right
+        right = 1 + int((picked[:-1] == self.ids[span][:-1]).cumprod().sum())
+        self.ids[span] = picked
+        if self.window:  # what comes new into the next window: more of the same is the best first guess
+            new = slice(span.stop, span.stop + right + 1)
+            self.ids[new] = np.where(self.forced[new] < 0, sampled[-1], self.forced[new])
+        self.known, self.cached = start + right, start + right - 1
+        return self._gained() - before
+
+    def _next(self):
+        """The place of the next token to draw; the number of ids where there is none."""
+        is_open = self.forced[self.known :] < 0
+        return self.known + int(is_open.argmax()) if is_open.any() else len(self.ids)
+
+    def _gained(self):
+        return self.tokens if self.is_done else self.known - 1
+
+    def _check_drawn(self, drawn):
+        """The number of positions in `drawn`; InputError where they are not this picture's."""
+        drawn, forced, grammar = np.asarray(drawn), self.forced[1:], self.grammar
+        if drawn.dtype.kind != "i" or drawn.ndim != 1 or len(drawn) > len(forced):
+            raise InputError(
+                f"drawn must be int64 [positions] of at most {len(forced)} positions, got {drawn.dtype} "
+                f"{list(drawn.shape)}"
+            )
+        expected = forced[: len(drawn)]
+        is_visual = (grammar.first_visual <= drawn) & (drawn < grammar.first_visual + grammar.codebook_size)
+        if not np.where(expected < 0, is_visual, drawn == expected).all():
+            raise InputError("drawn holds tokens that cannot stand where they do: it is of a picture of another size")
+        return len(drawn)
+
+
+class Answer:
+    """A text that follows a prompt: greedy, or drawn by chance.
+
+    Args:
+        prompt: token ids, at least one.
+        max_new_tokens: an end of sequence stops it earlier.
+        config: Emu3Config, for the end of sequence and the number of tokens.
+        sampling: Sampling; greedy where it is left out.
+        number: of the answer in its request, as a Drawing's.
+
+    `ids` are its tokens up to now, without the end of sequence.
+    """
+
+    def __init__(self, prompt, max_new_tokens, config, sampling=GREEDY, number=0):
+        if not prompt:
+            raise InputError("give at least one prompt of at least one token")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+        self.prompts, self.max_new_tokens = [prompt], max_new_tokens
+        self.head, self.end = (0, config.vocab_size), config.eos_token_id
+        self.sampling, self.noise = sampling, Noise(sampling, number, config.vocab_size)
+        self.ids, self.ended = [], False
+        self.length = len(prompt) + max_new_tokens - 1
+
+    @property
+    def is_done(self):
+        return self.ended or len(self.ids) == self.max_new_tokens
+
+    @property
+    def cached(self):
+        """Tokens in the cache, the prompt's last one among them."""
+        return len(self.ids)
+
+    def feed(self, most, window):
+        last = self.ids[-1] if self.ids else self.prompts[0][-1]
+        return np.array([last]), 1
+
+    def draws(self):
+        return self.noise(len(self.ids), len(self.ids) + 1)
+
+    def look_ahead(self):
+        self.noise.make(len(self.ids), len(self.ids) + 2)
+
+    def pick(self, logits, noise):
+        return self.sampling.pick(logits[0], noise)
+
+    def accept(self, read, picked):
+        token = int(picked[0])
+        self.ended = token == self.end
+        self.ids += [] if self.ended else [token]
+        return 0 if self.ended else 1
+
+
+class Batch:
+    """Sequences that are decoded together, one token or more of each in a forward pass.
+
+    On a CPU with the compiled operators a sequence's tokens are the same bits alone, beside others, joined late, with
+    windows of guesses or without, and after it was cut off and went on: its prompt is read by itself in parts of fixed
+    length, its drawn tokens by kernels whose row depends on nothing but its own tokens.
+
+    Args:
+        model: Emu3ForCausalLM.
+        decoding: "step" draws a token a pass. "jacobi" (Teng et al., arXiv 2410.01699) gives each pass guesses of the
+            `window` next tokens as well, and keeps those that prove to be the ones drawn: the same picture in fewer,
+            larger passes. "auto" chooses the faster one for the device and the number of rows.
+        window: of "jacobi"; None for a good one.
+    """
+
+    def __init__(self, model, decoding="auto", window=None):
+        if decoding not in DECODING:
+            raise InputError(f"decoding must be one of {', '.join(DECODING)}, got {decoding!r}")
+        if window is not None and window < 1:
+            raise InputError(f"window must be 1 or more, got {window}")
+        self.model, self.decoding, self.window = model, decoding, window
+        self.on_cpu = is_on_cpu(model)
+        self.cache, self.slots = None, {}  # of each sequence the slots of its rows
+        self.waiting, self.running = deque(), []  # groups that joined together; sequences whose prompts are read
+        self.forward_passes = 0  # that drew tokens
+        self._passes = {}
+
+    def __bool__(self):
+        return bool(self.waiting or self.running)
+
+    def join(self, *sequences):
+        """Let sequences take part from the next step on: those that join together start together.
+
+        Raises:
+            InputError: the cache does not fit into memory with them.
+        """
+        sequences = [sequence for sequence in sequences if not sequence.is_done]
+        if not sequences:
+            return
+        rows = [row for sequence in sequences for row in sequence.prompts]
+        length = max(sequence.length for sequence in sequences) + few_rows()  # a row may be filled up to another's new
+        if self.cache is None:
+            self.cache = self.model.make_cache(len(rows), length)
+        slots = iter(self.cache.take(len(rows), length))
+        for sequence in sequences:
+            self.slots[sequence] = [next(slots) for _ in sequence.prompts]
+        self.waiting.append(sequences)
+        self._passes.clear()
+
+    def leave(self, sequence):
+        """Let a sequence go, done or not; its slots are others' to take."""
+        self.cache.free(self.slots.pop(sequence))
+        self.running = [other for other in self.running if other is not sequence]
+        for group in self.waiting:
+            group[:] = [other for other in group if other is not sequence]
+        self._passes.clear()
+
+    @paddle.no_grad()
+    def step(self):
+        """Read a part of the prompts that wait, and run one pass for all whose prompts are read.
+
+        Returns a list of (sequence, how many tokens it gained); those that are done have left.
+        """
+        self._read_prompts()
+        gained = [pair for group in self._groups() for pair in self._run(group)]
+        for sequence, _ in gained:
+            if sequence.is_done:
+                self.leave(sequence)
+        return gained
+
+    def _read_prompts(self):
+        """Every row by itself, but for its last token, which the first step reads."""
+        budget = chunk = PROMPT_CHUNK["cpu" if self.on_cpu else "gpu"]
+        while self.waiting and budget > 0:
+            row = next(self._unread(self.waiting[0]), None)
+            if row is None:
+                self.running += self.waiting.popleft()
+                continue
+            prompt, slot = row
+            past = int(self.cache.lengths[slot])
+            if past == 0 and (twin := self._read_before(prompt)) is not None:
+                self.cache.copy_row(twin, slot, len(prompt) - 1)
+                continue
+            new = min(chunk, len(prompt) - 1 - past)
+            self._reserve(past + new)
+            ids = paddle.to_tensor([prompt[past : past + new]])
+            self.model.model.read_prompt(ids, past, len(prompt), slot, self.cache)
+            self.cache.lengths[slot] += new
+            budget -= new
+
+    def _unread(self, group):
+        for sequence in group:
+            for prompt, slot in zip(sequence.prompts, self.slots[sequence], strict=True):
+                if self.cache.lengths[slot] < len(prompt) - 1:
+                    yield prompt, slot
+
+    def _read_before(self, prompt):
+        """A slot that holds the same prompt already, as several pictures' of one request do; else None."""
+        for sequence, slots in self.slots.items():
+            for other, slot in zip(sequence.prompts, slots, strict=True):
+                if other == prompt and self.cache.lengths[slot] >= len(prompt) - 1 > 0:
+                    return slot
+        return None
+
+    def _groups(self):
+        """The running sequences in groups of as many rows as one pass takes, each with a token and a row's end."""
+        groups, rows = [], math.inf
+        for sequence in self.running:
+            rows += len(sequence.prompts)
+            if 2 * rows > few_rows() and (self.on_cpu or not groups):
+                groups.append([])
+                rows = len(sequence.prompts)
+            groups[-1].append(sequence)
+        return groups
+
+    def _run(self, group):
+        """One pass. Returns what `step` returns, of these sequences."""
+        rows = sum(len(sequence.prompts) for sequence in group)
+        most = max(2, few_rows() // rows)
+        window = min(choose_window(self.decoding, self.window, rows, self._cheap_rows()), most - 1)
+        feeds = [sequence.feed(most, window) for sequence in group]
+        new = max(len(ids) for ids, _ in feeds)
+        self._reserve(int(self.cache.lengths.max()) + new)
+        shape = tuple((sequence, len(ids), picked) for sequence, (ids, picked) in zip(group, feeds, strict=True))
+        if shape not in self._passes:
+            self._passes[shape] = Pass(self, shape, new)
+        picked = self._passes[shape]([ids for ids, _ in feeds])
+        self.forward_passes += any(count for _, _, count in shape)
+        gained, start = [], 0
+        for sequence, read, count in shape:
+            gained.append((sequence, sequence.accept(read, picked[start : start + count])))
+            start += count
+            for prompt, slot in zip(sequence.prompts, self.slots[sequence], strict=True):
+                self.cache.lengths[slot] = len(prompt) - 1 + sequence.cached
+        return gained
+
+    def _reserve(self, length):
+        if length > self.cache.capacity:
+            self.cache.reserve(length)
+            self._passes.clear()
+
+    def _cheap_rows(self):
+        """Rows that a pass takes at hardly more cost than one; None on a GPU, where a window is far from the limit."""
+        if not self.on_cpu:
+            return None
+        return CHEAP_ROWS.get(self.model.weight_dtype, 2) if operators() else 2
+
+
+def choose_window(decoding, window, rows, cheap_rows):
+    """How many tokens a pass guesses; 0 is step by step."""
+    if decoding == "step":
+        return 0
+    if decoding == "auto" and cheap_rows:
+        return cheap_rows // rows if cheap_rows >= 2 * rows else 0
+    return window or WINDOW
+
+
+class Pass:
+    """A forward pass of one shape: what changes from one to the next is in tensors of fixed shape and address.
+
+    So a CUDA graph of `run` could be replayed at each position, until a sequence comes or goes or the cache grows. On a
+    GPU all slots of the cache are its rows, so that no key is moved; on a CPU those of its sequences.
+
+    Args:
+        batch: Batch.
+        shape: of each sequence (itself, how many ids it reads, how many it picks).
+        new: the most ids that a sequence reads; rows that read fewer are filled up, and what is computed there is lost.
+    """
+
+    def __init__(self, batch, shape, new):
+        self.model, self.cache, self.shape = batch.model, batch.cache, shape
+        self.rows = [batch.slots[sequence] for sequence, _, _ in shape]  # of each sequence in the pass
+        slots = [slot for row in self.rows for slot in row]
+        self.slots, self.lengths = None, self.cache.lengths
+        if batch.on_cpu:
+            self.slots, numbers = paddle.to_tensor(slots), iter(range(len(slots)))
+            self.rows = [[next(numbers) for _ in row] for row in self.rows]
+        self.row_slots = np.array(slots) if batch.on_cpu else np.arange(self.cache.slots)
+        self.ids = paddle.zeros([len(self.row_slots), new], "int64")
+        self.past = paddle.zeros([len(self.row_slots)], "int64")
+        self.noise = [None] * len(shape)
+        self.picked = None
+
+    def __call__(self, feeds):
+        """feeds: the ids of each sequence -> what is picked, int64 [all], one sequence after the other"""
+        ids = np.zeros(self.ids.shape, np.int64)
+        for rows, feed in zip(self.rows, feeds, strict=True):
+            ids[rows, : len(feed)] = feed
+        self.ids.copy_(upload(ids), False)
+        self.past.copy_(upload(self.cache.lengths[self.row_slots]), False)
+        for i, (sequence, _, picked) in enumerate(self.shape):
+            noise = sequence.draws() if picked else None
+            if noise is not None:
+                self.noise[i] = paddle.zeros(noise.shape) if self.noise[i] is None else self.noise[i]
+                self.noise[i].copy_(upload(noise), False)
+        self.run()
+        for sequence, _, _ in self.shape:
+            sequence.look_ahead()
+        return [] if self.picked is None else self.picked.numpy()
+
+    def run(self):
+        hidden = self.model.model.step(self.ids, self.past, self.slots, self.cache)
+        picked = self._pick(hidden)
+        if self.picked is None or picked is None:
+            self.picked = picked
+        else:  # where the first pass put it
+            self.picked.copy_(picked, False)
+
+    def _pick(self, hidden):
+        """Hidden states [rows, new, hidden_size] -> ids; a part of the head is read once for all that need it."""
+        logits = {}
+        for head in {sequence.head for sequence, _, count in self.shape if count}:
+            wanted = [i for i, (sequence, _, count) in enumerate(self.shape) if count and sequence.head == head]
+            states = []
+            for i in wanted:
+                _, read, count = self.shape[i]
+                states += [hidden[row, read - count : read] for row in self.rows[i]]
+            out = self.model.lm_head(paddle.concat(states), slice(*head)).astype("float32")
+            for i in wanted:
+                rows, count = len(self.rows[i]), self.shape[i][2]
+                logits[i], out = out[: rows * count].reshape([rows, count, -1]), out[rows * count :]
+        picked = [self.shape[i][0].pick(logits[i], self.noise[i]) for i in sorted(logits)]
+        return paddle.concat(picked) if picked else None
+
+
+def is_on_cpu(model):
+    return model.lm_head.weight.place.is_cpu_place()
+
+
+def upload(array):
+    """A tensor on the device. A card is not waited for: pinned memory is copied in its turn, and Paddle keeps it."""
+    if paddle.get_device().startswith("gpu"):
+        return paddle.to_tensor(array, place=paddle.CUDAPinnedPlace()).cuda(blocking=False)
+    return paddle.to_tensor(array)

@@ -1,0 +1,103 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Tokens from logits: temperature, top-k, top-p, and noise that is a function of the request alone."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+
+from paddlemix.utils import InputError
+
+
+def check_guidance_scale(guidance_scale):
+    if not math.isfinite(guidance_scale):
+        raise InputError(f"guidance_scale must be a finite number, 1 for no guidance, got {guidance_scale}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from its logits. top_k=1 is greedy; top_k=0 and top_p=1.0 leave nothing out."""
+
+    temperature: float = 1.0
+    top_k: int = 2048
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature must be above 0, got {self.temperature}; top_k=1 gives greedy decoding")
+        if self.top_k < 0:
+            raise InputError(f"top_k must be 0 (all) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be 0 to 2**63 - 1, got {self.seed}")
+
+    def noise(self, number, position, size):
+        """Gumbel noise float32 [size], a fixed function of (seed, number of the picture or answer, position)."""
+        bits = np.random.Philox(key=self.seed, counter=[0, 0, number, position])
+        return np.random.Generator(bits).gumbel(size=size).astype(np.float32)
+
+    def pick(self, logits, noise):
+        """Sample by the Gumbel-max trick: the largest of logits + noise is a draw from their softmax.
+
+        logits: float32 [..., tokens]; noise: of the same shape, None if greedy -> int64 [...].
+        """
+        if self.is_greedy:
+            return logits.argmax(axis=-1)
+        return (self._nucleus(self._top_k(logits / self.temperature)) + noise).argmax(axis=-1)
+
+    @property
+    def is_greedy(self):
+        return self.top_k == 1
+
+    def _top_k(self, logits):
+        if not 0 < self.top_k < logits.shape[-1]:
+            return logits
+        least = logits.topk(self.top_k, axis=-1, sorted=False)[0].min(axis=-1, keepdim=True)
+        return paddle.where(logits < least, -math.inf, logits)
+
+    def _nucleus(self, logits):
+        """Keep the likeliest tokens that together reach top_p (Holtzman et al., arXiv 1904.09751)."""
+        if self.top_p == 1.0:
+            return logits
+        ordered = logits.sort(axis=-1, descending=True)
+        probabilities = paddle.nn.functional.softmax(ordered, axis=-1)
+        before = probabilities.cumsum(axis=-1) - probabilities
+        least = paddle.where(before < self.top_p, ordered, math.inf).min(axis=-1, keepdim=True)
+        return paddle.where(logits < least, -math.inf, logits)
+
+
+GREEDY = Sampling(top_k=1)
+
+
+class Noise:
+    """Sampling's noise for one sequence, made some positions at a time, so that a device need not wait for it.
+
+    Args:
+        sampling: Sampling.
+        number: of the picture or answer in its request.
+        size: tokens to choose from.
+    """
+
+    AHEAD = 8  # positions
+
+    def __init__(self, sampling, number, size):
+        self.sampling, self.number, self.size = sampling, number, size
+        self.made = {}
+
+    def __call__(self, start, stop):
+        """float32 [stop - start, size]; None where nothing is drawn by chance."""
+        if self.sampling.is_greedy:
+            return None
+        self.make(start, stop)
+        return np.stack([self.made[position] for position in range(start, stop)])
+
+    def make(self, start, stop):
+        """Make the noise of these positions; that of earlier ones is not needed any more."""
+        if not self.sampling.is_greedy:
+            self.made = {
+                p: self.made[p] if p in self.made else self.sampling.noise(self.number, p, self.size)
+                for p in range(start, stop)
+            }

@@ -1,0 +1,157 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""A picture or an answer is a function of its own request, bit for bit: alone, beside others, joined late, by windows
+of guesses or one token at a time, cut off and gone on with."""
+
+import random
+
+import numpy as np
+import pytest
+from conftest import write_checkpoint
+from test_generation import GRAMMAR, NEGATIVE, PROMPTS
+
+from paddlemix import external_ops
+from paddlemix.models.emu3 import Emu3ForCausalLM, cache, decoding
+from paddlemix.models.emu3.decoding import Answer, Batch, Drawing
+from paddlemix.models.emu3.sampling import GREEDY, Sampling
+
+
+class RecordedDrawing(Drawing):
+    """Keeps the logits of every token that was drawn: more than the tokens, they show each bit."""
+
+    def pick(self, logits, noise):
+        self.logits = logits.numpy()
+        return super().pick(logits, noise)
+
+    def accept(self, read, picked):
+        start, self.seen = self._next(), getattr(self, "seen", {})
+        gained = super().accept(read, picked)
+        for i, position in enumerate(range(start, self.known)):
+            if self.forced[position] < 0:
+                self.seen[position] = self.logits[:, i].tobytes()
+        return gained
+
+    @property
+    def result(self):
+        return self.codes().tolist()
+
+
+class RecordedAnswer(Answer):
+    def pick(self, logits, noise):
+        self.seen = {**getattr(self, "seen", {}), len(self.ids): logits.numpy().tobytes()}
+        return super().pick(logits, noise)
+
+    @property
+    def result(self):
+        return self.ids
+
+
+LONG = [5 + i % 150 for i in range(1, 70)]  # longer than a chunk of a prompt
+
+
+def requests(config):
+    """Makers of sequences; prompts, sizes, scales and samplings differ, two requests have the same prompt."""
+    long, prompts, negative = [*LONG, GRAMMAR.boi, GRAMMAR.img], PROMPTS, NEGATIVE
+    hot = Sampling(seed=3, temperature=9.0)
+    return [
+        lambda **how: RecordedDrawing(prompts[0], (3, 5), GRAMMAR, negative[0], 3.0, Sampling(seed=1), **how),
+        lambda **how: RecordedDrawing(prompts[0], (4, 3), GRAMMAR, negative[1], 2, Sampling(seed=2, top_p=0.9), **how),
+        lambda **how: RecordedDrawing(long, (2, 9), GRAMMAR, negative[0], 1.5, hot, **how),
+        lambda **how: RecordedDrawing(prompts[1], (5, 2), GRAMMAR, None, 1, Sampling(top_k=1), number=3, **how),
+        lambda: RecordedAnswer(LONG, 12, config, GREEDY),
+        lambda: RecordedAnswer(prompts[1], 15, config, Sampling(top_k=0, seed=7), 2),
+    ]
+
+
+def run(model, sequences, how="step", window=None, seed=None):
+    """Decode; with a seed they join at random steps."""
+    batch, waiting, dice = Batch(model, how, window), list(sequences), random.Random(seed)
+    if seed is None:
+        batch.join(*waiting)
+        waiting = []
+    while batch or waiting:
+        while waiting and (not batch or dice.random() < 0.3):
+            batch.join(waiting.pop(dice.randrange(len(waiting))))
+        batch.step()
+    return [(sequence.result, sequence.seen) for sequence in sequences]
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
+def model(request, language_dir):
+    return Emu3ForCausalLM.from_pretrained(language_dir, dtype=request.param)
+
+
+@pytest.fixture(params=["operators", "paddle"], autouse=True)
+def way(request, monkeypatch):
+    monkeypatch.setattr(decoding, "PROMPT_CHUNK", {"cpu": 24})
+    monkeypatch.setattr(cache, "CACHE_BLOCK", 32)
+    if request.param == "paddle":
+        with external_ops.without_operators():
+            yield
+    elif external_ops.operators() is None:
+        pytest.skip("the operators are not built: make ops")
+    else:
+        yield
+
+
+def test_a_request_is_the_same_bits_whatever_else_runs(model):
+    make = requests(model.config)
+    alone = [run(model, [one()])[0] for one in make]
+    assert len({str(result) for result, _ in alone}) == len(make)
+    assert run(model, [one() for one in make]) == alone
+    for seed in range(3):
+        assert run(model, [one() for one in make], seed=seed) == alone
+    assert run(model, [one() for one in make * 5]) == alone * 5
+    for window in (1, 3, 15):
+        assert run(model, [one() for one in make], "jacobi", window) == alone
+        assert [run(model, [one()], "jacobi", window)[0] for one in make] == alone
+
+
+def test_a_drawing_that_was_cut_off_is_the_same_bits(model):
+    """What was drawn is read again by the kernels that drew it."""
+    for one in requests(model.config)[:4]:
+        [(codes, seen)] = run(model, [one()])
+        whole = one()
+        run(model, [whole])
+        for length in (0, 1, 4, 7, len(whole.drawn()) - 1):
+            for how in ("step", "jacobi"):
+                again = one(drawn=whole.drawn()[:length])
+                [(result, rest)] = run(model, [again], how, 3)
+                assert result == codes
+                assert rest and all(seen[position] == logits for position, logits in rest.items())
+
+
+def test_a_sequence_that_leaves_changes_nothing(model):
+    make = requests(model.config)
+    expected = run(model, [make[0]()])[0]
+    batch, kept, left = Batch(model, "step"), make[0](), make[2]()
+    batch.join(left)
+    batch.join(kept)
+    for _ in range(6):
+        batch.step()
+    batch.leave(left)
+    late = make[0]()
+    batch.join(late)  # takes the slots that became free
+    while batch:
+        batch.step()
+    assert (kept.result, kept.seen) == (late.result, late.seen) == expected
+    assert batch.cache.slots == 4
+
+
+def test_dynamic_positions(tmp_path):
+    """The base of the positions changes with every token beyond the model's."""
+    directory = write_checkpoint(
+        tmp_path, "language_model", rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=20
+    )
+    model = Emu3ForCausalLM.from_pretrained(directory)
+    make = requests(model.config)
+    alone = [run(model, [one()])[0] for one in make]
+    assert run(model, [one() for one in make], "jacobi", 3) == alone
+    assert run(model, [one() for one in make], seed=1) == alone
+
+
+def test_results_do_not_come_from_noise_alone(model):
+    """The test would see a change: other logits in the last bit are other bytes."""
+    one = requests(model.config)[0]
+    [(_, seen)] = run(model, [one()])
+    assert len(set(seen.values())) == len(seen) == 15
+    assert all(np.isfinite(np.frombuffer(logits, np.float32)).all() for logits in seen.values())
