@@ -1,8 +1,11 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """What the machine has, of the CPU and of a card: cores, free memory, what was used of it; and a quiet start on it."""
 
+import logging
 import os
 import re
+import sys
+import warnings
 from pathlib import Path
 
 from paddlemix.paddle_private import set_num_threads
@@ -10,25 +13,28 @@ from paddlemix.utils import InputError
 
 
 def start_paddle(device=None, quiet=True):
-    """Import Paddle for a program: without its notices, with all cores, on a device.
+    """Import Paddle without its notices, with all cores, on a device.
 
     Args:
-        device: what --device gave: "cpu", "gpu" or "gpu:N"; None is the GPU where Paddle finds one.
-        quiet: do not show the notices and warnings of the libraries.
+        device: what --device gave: "cpu", "gpu" or "gpu:N"; None is the GPU where Paddle finds one, and the device
+            that Paddle is set to where it was imported before.
+        quiet: show no notices and warnings of the libraries from now on, either: for a program, not for a library.
 
     Raises:
         InputError: there is no such device.
     """
     if quiet:
-        import logging
-        import warnings
-
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         os.environ.setdefault("GLOG_minloglevel", "2")
     threads_are_chosen = "OMP_NUM_THREADS" in os.environ  # Paddle's import sets it to 1
-    import paddle
+    was_imported = "paddle" in sys.modules
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import paddle
 
+    if was_imported and device is None:
+        return
     paddle.disable_signal_handler()  # it prints a C++ traceback when the process is asked to end
     if not threads_are_chosen:
         set_num_threads(available_cores())

@@ -9,6 +9,12 @@ import numpy as np
 from paddlemix.models.emu3.image_grammar import ImageGrammar
 from paddlemix.utils import BatchFeature, InputError
 
+# what the original adds to every drawing prompt, and leads away from
+POSITIVE_PROMPT = " masterpiece, film grained, best quality."
+NEGATIVE_PROMPT = (
+    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
+    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+)
 CHAT_TEMPLATE = "You are a helpful assistant. USER: {image_prompt}{text_prompt}. ASSISTANT:"
 IMAGE_SLOT, TEXT_SLOT = "{image_prompt}", "{text_prompt}"
 

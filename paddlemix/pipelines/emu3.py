@@ -1,0 +1,474 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Emu3 in one object: text-to-image, image question answering, and the vision tokenizer, each whole or step by step."""
+
+import json
+import secrets
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd, isqrt
+
+from paddlemix import machine
+from paddlemix.models.emu3.configuration_emu3 import Emu3Config
+from paddlemix.models.emu3.hub import fetch, matching_vision_tokenizer
+from paddlemix.processors.emu3_processing import (
+    CHAT_TEMPLATE,
+    NEGATIVE_PROMPT,
+    POSITIVE_PROMPT,
+    Emu3Processor,
+    check_chat_template,
+    generate_size,
+    largest_size,
+)
+from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor, psnr
+from paddlemix.utils import InputError
+
+GENERATION_CONFIG = "generation_config.json"
+# the original's values, where neither the caller nor the checkpoint's generation_config.json has others
+DEFAULTS = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 2048, "top_p": 1.0}
+
+
+class Emu3Pipeline:
+    """A language model, a vision tokenizer and their processor. Each is loaded when it is first needed, and once.
+
+    Args:
+        model_path: the language model: a directory, a hub name or "emu3-mini". None where only `autoencode` is used.
+        vq_model_path: the vision tokenizer, likewise; None is BAAI/Emu3-VisionTokenizer, and with "emu3-mini" its own.
+        dtype: of the language model, "float32", "float16", "bfloat16", "int8" or "int4"; None is bfloat16, and of a
+            quantized checkpoint what it holds. A CPU takes float32 in place of float16.
+        chat_template: of questions, with {image_prompt} and {text_prompt} once each.
+        progress: show a progress bar while weights are read (on a terminal).
+    """
+
+    def __init__(self, model_path=None, vq_model_path=None, dtype=None, chat_template=CHAT_TEMPLATE, progress=False):
+        check_chat_template(chat_template)
+        self.model_path, self.chat_template, self.progress = model_path, chat_template, progress
+        self.vq_model_path = vq_model_path or matching_vision_tokenizer(model_path)
+        self.asked_dtype = dtype
+
+    @classmethod
+    def from_pretrained(cls, model_path=None, *, vq_model_path=None, dtype=None, device=None, **options):
+        """A pipeline on a device: "cpu", "gpu" or "gpu:N"; None is the card where Paddle finds one.
+
+        The other arguments are the class's. No weights are read yet.
+
+        Raises:
+            InputError: no such device or checkpoint.
+        """
+        machine.start_paddle(device, quiet=False)
+        pipeline = cls(model_path, vq_model_path, dtype, **options)
+        if model_path is not None:
+            _ = pipeline.config  # a mistyped name is told here, not after the vision tokenizer was fetched
+        return pipeline
+
+    # --- the parts
+
+    @cached_property
+    def config(self):
+        """The language model's Emu3Config."""
+        if self.model_path is None:
+            raise InputError("this pipeline has no language model: give model_path")
+        return Emu3Config.from_pretrained(self.model_path)
+
+    @cached_property
+    def defaults(self):
+        """What is taken where a caller gives no guidance_scale, temperature, top_k or top_p."""
+        path = fetch(self.model_path, [], [GENERATION_CONFIG]) / GENERATION_CONFIG
+        try:
+            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            return {name: type(value)(values.get(name, value)) for name, value in DEFAULTS.items()}
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"{path} must hold one JSON object of numbers: download it again, or remove it") from None
+
+    @cached_property
+    def dtype(self):
+        """Of the language model's weights."""
+        import paddle
+
+        dtype = self.asked_dtype or self.config.quantized_dtype or "bfloat16"
+        return "float32" if dtype == "float16" and paddle.get_device() == "cpu" else dtype
+
+    @cached_property
+    def image_processor(self):
+        return Emu3VisionVQImageProcessor.from_pretrained(self.vq_model_path)
+
+    @cached_property
+    def vision_tokenizer(self):
+        from paddlemix.models.emu3 import Emu3VisionVQModel
+
+        return Emu3VisionVQModel.from_pretrained(self.vq_model_path, progress=self.progress)
+
+    @cached_property
+    def processor(self):
+        from paddlemix.models.emu3 import Emu3Tokenizer
+
+        tokenizer = Emu3Tokenizer.from_pretrained(self.model_path)
+        if self.config.vocab_size < len(tokenizer):
+            raise InputError(
+                f"{self.model_path} has {len(tokenizer)} tokens and a model of {self.config.vocab_size}: "
+                "the tokenizer's files are another checkpoint's"
+            )
+        return Emu3Processor(self.image_processor, self.vision_tokenizer, tokenizer, self.chat_template)
+
+    @cached_property
+    def model(self):
+        from paddlemix.models.emu3 import Emu3ForCausalLM
+
+        return Emu3ForCausalLM.from_pretrained(self.model_path, dtype=self.dtype, progress=self.progress)
+
+    # --- text to image
+
+    def generate(self, prompt, **options):
+        """Draw pictures of prompts. Arguments as `generate_steps` takes them -> a list of PIL pictures."""
+        generation = self.generate_steps(prompt, **options)
+        for _ in generation:
+            pass
+        return generation.images()
+
+    def generate_steps(
+        self,
+        prompt,
+        *,
+        negative_prompt=None,
+        ratio=None,
+        height=None,
+        width=None,
+        num_images=1,
+        guidance_scale=None,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        seed=None,
+        decoding="auto",
+    ):
+        """A Generation: iterate over it to draw, ask it for previews and pictures.
+
+        Args:
+            prompt: a text or a list of them.
+            negative_prompt: what guidance leads away from; None is the original's.
+            ratio: "width:height", one for all prompts or a list; None is that of width and height.
+            height, width: together how many pixels a picture has; None is the checkpoint's image_area.
+            num_images: pictures of each prompt.
+            guidance_scale: 1 is no guidance, and half the work.
+            temperature, top_k, top_p: as Sampling takes them. What is None comes from the checkpoint.
+            seed: the same seed gives the same pictures; None is a new one, which the Generation tells.
+            decoding: as decoding.Batch takes it.
+
+        Raises:
+            InputError: values that cannot be, before anything is loaded; then what loading raises.
+        """
+        from paddlemix.models.emu3.decoding import check_guidance_scale
+        from paddlemix.models.emu3.sampling import Sampling
+
+        given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given = {name: value for name, value in given.items() if value is not None}
+        check_guidance_scale(given.get("guidance_scale", 1))
+        Sampling(**{k: v for k, v in given.items() if k != "guidance_scale"}, seed=0 if seed is None else seed)
+        prompts, ratios, area = self._pictures(prompt, ratio, height, width, num_images)
+        values = {**self.defaults, **given}
+        seed = secrets.randbits(32) if seed is None else seed
+        negative = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+        how = {"ratio": ratios, "image_area": area}
+        positive = self.processor([text + POSITIVE_PROMPT for text in prompts], **how)
+        negatives = self.processor([negative] * len(prompts), **how)["input_ids"]
+        return Generation(self, prompts, ratios, positive, negatives, negative, values, seed, decoding)
+
+    def _pictures(self, prompt, ratio, height, width, num_images):
+        """A prompt and a ratio for each picture, and how many pixels they have."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        ratios = [ratio] if isinstance(ratio, str) else list(ratio or [])
+        if num_images < 1:
+            raise InputError(f"num_images must be 1 or more, got {num_images}")
+        if min(side for side in (height, width, 1) if side is not None) < 1:
+            raise InputError(f"height and width must be positive, got {height} and {width}")
+        for one in ratios:
+            generate_size(one, (height or 720) * (width or 720))  # a mistake is told before anything is loaded
+        side = None if height and width else isqrt(self.config.image_area)
+        height, width = height or side, width or side
+        common = gcd(width, height)
+        ratios = ratios or [f"{width // common}:{height // common}"]
+        if len(ratios) not in (1, len(prompts)):
+            raise InputError(
+                f"give one ratio for all prompts or one each: {len(prompts)} prompts, {len(ratios)} ratios"
+            )
+        ratios = ratios * (len(prompts) // len(ratios))
+        repeated = [[x for x in values for _ in range(num_images)] for values in (prompts, ratios)]
+        return *repeated, height * width
+
+    # --- image question answering
+
+    def understand(self, image, question, **options):
+        """Answer questions about pictures. Arguments as `understand_steps` takes them.
+
+        Returns:
+            str for one picture and one question, else a list of str.
+        """
+        answers = self.understand_steps(image, question, **options)
+        for _ in answers:
+            pass
+        is_list = isinstance(image, (list, tuple)) or isinstance(question, (list, tuple))
+        return answers.texts if is_list else answers.texts[0]
+
+    def understand_steps(
+        self, image, question, *, max_new_tokens=None, temperature=None, top_k=None, top_p=None, seed=0
+    ):
+        """An Understanding: iterate over it, and it gives the answers' texts as they come.
+
+        Args:
+            image: a PIL picture or a list of them; one serves all questions.
+            question: a text or a list of them; one serves all pictures.
+            max_new_tokens: the longest answer; None is 1,024, or what the model has positions for.
+            temperature, top_k, top_p, seed: as Sampling takes them. An answer is greedy unless one of the first three
+                is given; a temperature of 0 is greedy as well.
+
+        Raises:
+            InputError: values that cannot be, before anything is loaded; then what loading raises.
+        """
+        from paddlemix.models.emu3.sampling import GREEDY, Sampling
+
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given = {name: value for name, value in given.items() if value is not None}
+        sampling = Sampling(**{"top_k": 0, **given}, seed=seed) if given and temperature != 0 else GREEDY
+        images, questions = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (image, question))
+        if len(images) != len(questions) and 1 not in (len(images), len(questions)):
+            raise InputError(f"give a question for each picture, or one for all: {len(images)} and {len(questions)}")
+        count = max(len(images), len(questions))
+        images, questions = images * (count // len(images)), questions * (count // len(questions))
+        return Understanding(self, images, questions, max_new_tokens, sampling)
+
+    # --- the vision tokenizer
+
+    def autoencode(self, image=None, *, video=None):
+        """Encode pictures to codes and decode them again.
+
+        Args:
+            image: a PIL picture or a list of them, each by itself.
+            video: in its place the frames of a video, PIL pictures of one size, a multiple of 4 in number.
+
+        Returns:
+            a PIL picture for one, else a list of them.
+        """
+        images = [step.image for step in self.autoencode_steps(image, video=video)]
+        return images if video is not None or isinstance(image, (list, tuple)) else images[0]
+
+    def autoencode_steps(self, image=None, *, video=None):
+        """Yields a Reconstruction for each picture or frame. Arguments as `autoencode` takes them."""
+        if (image is None) == (video is None):
+            raise InputError("give image or video, one of the two")
+        if video is not None:
+            clips = self._clips(video)
+        else:
+            images = list(image) if isinstance(image, (list, tuple)) else [image]
+            clips = (self.image_processor(one)["pixel_values"] for one in images)
+        for pixels in clips:
+            yield from self._reconstruct(pixels)
+
+    def _clips(self, frames):
+        """Frames -> arrays [1, T, 3, H, W], each coded by itself as in the original."""
+        sizes = sorted({f"{frame.width}x{frame.height}" for frame in frames})
+        if len(sizes) > 1:
+            raise InputError(f"the video has frames of different sizes, {', '.join(sizes[:4])}: give one size")
+        factor = self.vision_tokenizer.config.temporal_downsample_factor
+        if not frames or len(frames) % factor:
+            raise InputError(
+                f"the video has {len(frames)} frames and the model takes multiples of {factor}: "
+                f"remove {len(frames) % factor} or add {-len(frames) % factor}"
+            )
+        pixels = self.image_processor(list(frames))["pixel_values"]
+        return pixels.reshape(-1, 1, factor, *pixels.shape[1:])
+
+    def _reconstruct(self, pixels):
+        """Pixels [1, 3, H, W] or [1, T, 3, H, W] -> Reconstructions"""
+        import paddle
+
+        with paddle.no_grad():
+            start = time.perf_counter()
+            codes = self.vision_tokenizer.encode(paddle.to_tensor(pixels)).numpy()  # which waits for the device
+            encoded = time.perf_counter()
+            decoded = self.vision_tokenizer.decode(paddle.to_tensor(codes)).numpy()
+            seconds = encoded - start, time.perf_counter() - encoded
+        originals, images = (
+            self.image_processor.postprocess(x.reshape(-1, *x.shape[-3:]))["pixel_values"] for x in (pixels, decoded)
+        )
+        for original, image in zip(originals, images, strict=True):
+            yield Reconstruction(original, image, codes[0], *(s / len(images) for s in seconds))
+
+
+@dataclass
+class Reconstruction:
+    """A picture that went through the vision tokenizer.
+
+    `original` is the PIL picture as it was encoded, `image` the decoded one, `codes` int64 [h, w] (of a video's frame
+    [1, h, w], of its clip); seconds are of this frame alone.
+    """
+
+    original: object
+    image: object
+    codes: object
+    encode_s: float
+    decode_s: float
+
+    @property
+    def psnr(self):
+        """Peak signal-to-noise ratio in dB."""
+        return psnr(self.original, self.image)
+
+
+class Generation:
+    """Pictures that are being drawn. Iterating draws them; each step gives how many tokens were gained.
+
+    `sizes` are (height, width) in pixels, `seed` and `settings` what decides the pictures, `tokens` how many there are
+    in all, `notes` what a user should know, `forward_passes` how many the drawing took.
+    """
+
+    def __init__(self, pipeline, prompts, ratios, positive, negatives, negative_prompt, values, seed, decoding):
+        self.pipeline, self.decoding, self.seed, self.values = pipeline, decoding, seed, values
+        self.prompts, self.ratios, self.negative_prompt = prompts, ratios, negative_prompt
+        self.codes = [tuple(size) for size in positive["image_size"]]
+        self.rows = positive["input_ids"], negatives
+        self.factor = pipeline.processor.vision_tokenizer.spatial_scale_factor
+        self.sizes = [(h * self.factor, w * self.factor) for h, w in self.codes]
+        self.notes = list(dict.fromkeys(filter(None, map(self._note, range(len(prompts))))))
+        self.forward_passes = 0
+        self.drawings = None
+        self.resume()
+
+    def resume(self, drawn=None, seed=None):
+        """Begin, or go on with what `drawn` gave in an earlier process, of the same settings and this seed."""
+        from paddlemix.models.emu3.generation_emu3 import make_drawings
+        from paddlemix.models.emu3.sampling import Sampling
+
+        self.seed = self.seed if seed is None else seed
+        sampling = Sampling(**{k: v for k, v in self.values.items() if k != "guidance_scale"}, seed=self.seed)
+        prompts, negatives = self.rows
+        self.drawings = make_drawings(
+            prompts, self.codes, self.pipeline.processor.grammar, negatives, self.values["guidance_scale"], sampling,
+            drawn,
+        )  # fmt: skip
+
+    @property
+    def settings(self):
+        """What decides the pictures, as JSON has it, but for the checkpoint."""
+        return {
+            "prompt": self.prompts, "negative_prompt": self.negative_prompt, "size": [list(s) for s in self.codes],
+            "seed": self.seed, **self.values, "dtype": self.pipeline.model.weight_dtype,
+        }  # fmt: skip
+
+    def metadata(self, i):
+        """What belongs into the file of picture `i`: all that is needed to draw it again."""
+        return {
+            "prompt": self.prompts[i], "negative_prompt": self.negative_prompt, "ratio": self.ratios[i],
+            "seed": self.seed, "image": i, "images": len(self.prompts), **self.values,
+            "model_path": self.pipeline.model_path, "vq_model_path": self.pipeline.vq_model_path,
+            "dtype": self.pipeline.model.weight_dtype,
+        }  # fmt: skip
+
+    @property
+    def tokens(self):
+        return sum(drawing.tokens for drawing in self.drawings)
+
+    def drawn(self):
+        """The tokens of each picture up to now: a list of int64 [positions], as `resume` takes them."""
+        return [drawing.drawn() for drawing in self.drawings]
+
+    @property
+    def rows_drawn(self):
+        """Rows of codes that are drawn, of all pictures."""
+        return sum(drawing.rows for drawing in self.drawings)
+
+    def __iter__(self):
+        from paddlemix.models.emu3.decoding import Batch
+
+        batch = Batch(self.pipeline.model, self.decoding)
+        batch.join(*self.drawings)
+        while batch:
+            gained = sum(tokens for _, tokens in batch.step())
+            self.forward_passes = batch.forward_passes
+            yield gained
+
+    def images(self):
+        """The PIL pictures, grey where nothing is drawn yet."""
+        from PIL import Image
+
+        images = []
+        for drawing, (height, width) in zip(self.drawings, self.sizes, strict=True):
+            codes = drawing.codes()
+            image = self.pipeline.processor.decode_image(codes) if len(codes) else None
+            if image is None or image.height < height:
+                whole = Image.new("RGB", (width, height), "grey")
+                if image is not None:
+                    whole.paste(image, (0, 0))
+                image = whole
+            images.append(image)
+        return images
+
+    def _note(self, i):
+        """Positions beyond those of the training give poor pictures: which size does not."""
+        grammar, limit = self.pipeline.processor.grammar, self.pipeline.config.max_position_embeddings
+        (h, w), length = self.codes[i], len(self.rows[0][i])
+        needed = length + grammar.num_tokens(h, w)
+        if needed <= limit:
+            return None
+        best = largest_size(self.ratios[i], limit - length, grammar, self.factor)
+        advice = "no picture fits"
+        if best:
+            height, width = (side * self.factor for side in best)
+            advice = f"the largest at {self.ratios[i]} that fits is --height={height} --width={width}"
+        pixels = f"{w * self.factor} x {h * self.factor} pixels"
+        return f"{pixels} take {needed} tokens, the model has {limit} positions; {advice}"
+
+
+class Understanding:
+    """Answers that are being written. Iterating writes them; each step gives a list of new texts, one an answer.
+
+    A text holds whole characters. `texts` are the answers up to now, `tokens` how many they have, `ended` which are
+    complete, `notes` what a user should know, `encode_s` the seconds that the pictures took.
+    """
+
+    def __init__(self, pipeline, images, questions, max_new_tokens, sampling):
+        from paddlemix.models.emu3.decoding import Answer
+
+        self.pipeline, self.notes, self.forward_passes = pipeline, [], 0
+        pipeline.processor, pipeline.model  # noqa: B018  loaded before the clock starts
+        start = time.perf_counter()
+        prompts = pipeline.processor(questions, images, mode="U")["input_ids"]
+        self.encode_s = time.perf_counter() - start
+        length, limit = max(map(len, prompts)), pipeline.config.max_position_embeddings
+        if max_new_tokens is None:
+            max_new_tokens = min(1024, max(1, limit - length))
+        if length + max_new_tokens > limit:
+            self.notes.append(
+                f"prompt and answer take up to {length + max_new_tokens} tokens, the model has {limit} positions: "
+                "lower --max_new_tokens"
+            )
+        self.answers = [
+            Answer(prompt, max_new_tokens, pipeline.config, sampling, i) for i, prompt in enumerate(prompts)
+        ]
+        self.texts = [""] * len(prompts)
+
+    @property
+    def tokens(self):
+        return sum(len(answer.ids) for answer in self.answers)
+
+    @property
+    def ended(self):
+        return [answer.is_done for answer in self.answers]
+
+    def __iter__(self):
+        from paddlemix.models.emu3.decoding import Batch
+
+        batch = Batch(self.pipeline.model)
+        batch.join(*self.answers)
+        while batch:
+            batch.step()
+            self.forward_passes = batch.forward_passes
+            yield [self._new_text(i) for i in range(len(self.answers))]
+
+    def _new_text(self, i):
+        text = self.pipeline.processor.tokenizer.decode(self.answers[i].ids, skip_special_tokens=True)
+        if not self.answers[i].is_done:
+            text = text.rstrip("\ufffd")  # a character's other bytes may come yet
+        new, self.texts[i] = text[len(self.texts[i]) :], text
+        return new

@@ -1,0 +1,179 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Emu3Pipeline as a user calls it, on Emu3-Mini."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paddlemix.models.emu3 import Emu3ForCausalLM, Emu3VisionVQModel, generate_images
+from paddlemix.models.emu3.hub import MINI_DIRECTORY
+from paddlemix.models.emu3.sampling import Sampling
+from paddlemix.pipelines import Emu3Pipeline
+from paddlemix.processors.emu3_processing import NEGATIVE_PROMPT, POSITIVE_PROMPT
+
+CIRCLE = "a large red circle on a white background."
+
+
+@pytest.fixture(scope="module")
+def emu3():
+    return Emu3Pipeline.from_pretrained("emu3-mini", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def picture(emu3):
+    return emu3.generate(CIRCLE, seed=1)[0]
+
+
+def same(a, b):
+    return a.size == b.size and (np.asarray(a) == np.asarray(b)).all()
+
+
+def test_a_picture_and_an_answer(emu3, picture):
+    assert picture.size == (64, 64)
+    pixels = np.asarray(picture, int)
+    red = (pixels[..., 0] > 150) & (pixels[..., 1:].max(-1) < 100)
+    assert 0.1 < red.mean() < 0.3 and (pixels[~red].min(-1) > 200).mean() > 0.9
+    assert emu3.understand(picture, "What colour is the circle?") == "red"
+    back = emu3.autoencode(picture)
+    assert back.size == picture.size and np.abs(np.asarray(back, float) - np.asarray(picture)).mean() < 5
+
+
+def test_equals_the_parts(emu3, picture):
+    """What the pipeline draws is what its parts draw, with the checkpoint's own defaults."""
+    processor = emu3.processor
+    positive, negative = (processor(text, image_area=64 * 64) for text in (CIRCLE + POSITIVE_PROMPT, NEGATIVE_PROMPT))
+    [codes] = generate_images(
+        emu3.model, positive.input_ids, positive.image_size, processor.grammar, negative.input_ids, 1.5,
+        Sampling(temperature=0.5, seed=1),
+    ).codes  # fmt: skip
+    assert same(processor.decode_image(codes), picture)
+
+
+def test_lists_sizes_and_numbers(emu3, picture):
+    images = emu3.generate([CIRCLE, "a small yellow ring"], ratio=["1:1", "4:3"], num_images=2, seed=1)
+    assert [image.size for image in images] == [(64, 64), (64, 64), (72, 56), (72, 56)]
+    assert same(images[0], picture) and not same(images[1], images[0])
+    assert emu3.generate(CIRCLE, height=56, width=72, seed=1)[0].size == (72, 56)
+    fresh = [emu3.generate_steps(CIRCLE).seed for _ in range(2)]
+    assert fresh[0] != fresh[1]
+
+
+def test_values_count(emu3, picture):
+    values = {"guidance_scale": 4, "temperature": 3, "negative_prompt": "a large red circle", "top_k": 1, "top_p": 0.01}
+    for name, value in {**values, "seed": 3}.items():
+        assert not same(emu3.generate(CIRCLE, **{"seed": 1, name: value})[0], picture), name
+
+
+def test_step_by_step(emu3, picture):
+    generation = emu3.generate_steps(CIRCLE, seed=1, decoding="step")
+    assert generation.sizes == [(64, 64)] and generation.seed == 1 and generation.rows_drawn == 0
+    gained, half = 0, None
+    for tokens in generation:
+        gained += tokens
+        if half is None and generation.rows_drawn == 4:
+            half, drawn = generation.images()[0], generation.drawn()
+    assert gained == generation.tokens == 8 * 9 + 3 and generation.rows_drawn == 8
+    assert same(generation.images()[0], picture)
+    assert half.size == (64, 64) and half.getpixel((5, 50)) == (128, 128, 128) != half.getpixel((5, 5))
+    again = emu3.generate_steps(CIRCLE)
+    again.resume(drawn, seed=1)
+    assert sum(again) == gained - len(drawn[0]) and same(again.images()[0], picture)
+    assert again.metadata(0)["seed"] == 1 and again.settings["temperature"] == 0.5
+
+
+def test_answers_step_by_step(emu3, picture):
+    questions = ["What colour is the circle?", "Please describe the image"]
+    answers = emu3.understand_steps(picture, questions)
+    steps = list(answers)
+    joined = ["".join(texts) for texts in zip(*steps, strict=True)]
+    assert joined == answers.texts == emu3.understand(picture, questions)
+    assert len(steps) == answers.forward_passes > 5 and all(answers.ended)
+    assert emu3.understand([picture], questions[0]) == ["red"]
+    assert emu3.understand([picture, picture], questions) == joined
+    assert emu3.understand(picture, questions[1], max_new_tokens=3) == joined[1][: len("a large red")]
+
+
+def test_answers_by_chance(emu3, picture):
+    question = "Please describe the image"
+    draws = []
+    for seed in (1, 1, 2):
+        answers = emu3.understand_steps(picture, question, temperature=30.0, seed=seed, max_new_tokens=5)
+        list(answers)
+        draws.append(answers.answers[0].ids)
+    assert draws[0] == draws[1] != draws[2]
+    greedy = emu3.understand(picture, question)
+    assert emu3.understand(picture, question, temperature=0) == emu3.understand(picture, question, top_k=1) == greedy
+    assert emu3.understand(picture, question, temperature=1.0, top_p=1e-6) == greedy
+
+
+def test_autoencode(emu3, picture):
+    other = picture.resize((72, 56))
+    images = emu3.autoencode([picture, other])
+    assert same(images[0], emu3.autoencode(picture)) and images[1].size == (72, 56)
+    frames = emu3.autoencode(video=[picture] * 8)
+    assert len(frames) == 8 and frames[0].size == picture.size
+    [step] = emu3.autoencode_steps(picture)
+    assert same(step.image, images[0]) and step.codes.shape == (8, 8) and step.psnr > 25 and step.encode_s > 0
+
+
+def test_parts_are_loaded_when_needed_and_once(picture, monkeypatch):
+    loaded = []
+    for part in (Emu3ForCausalLM, Emu3VisionVQModel):
+        original = part.from_pretrained
+        monkeypatch.setattr(
+            part, "from_pretrained", lambda *a, original=original, **k: loaded.append(a[0]) or original(*a, **k)
+        )
+    emu3 = Emu3Pipeline.from_pretrained("emu3-mini", dtype="int8")
+    assert loaded == []
+    emu3.autoencode(picture)
+    assert len(loaded) == 1
+    emu3.understand(picture, "What colour is the circle?")
+    emu3.generate(CIRCLE, seed=1)
+    assert len(loaded) == 2 and emu3.model.weight_dtype == "int8"
+    assert Emu3Pipeline.from_pretrained(vq_model_path="emu3-mini").autoencode(picture).size == (64, 64)
+
+
+def test_the_checkpoint_says_what_is_good(emu3, tmp_path):
+    assert emu3.defaults == {"guidance_scale": 1.5, "temperature": 0.5, "top_k": 2048, "top_p": 1.0}
+    directory = shutil.copytree(MINI_DIRECTORY / "language_model", tmp_path / "copy")
+    path = directory / "generation_config.json"
+    pipeline = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini")
+    assert pipeline.defaults == emu3.defaults
+    path.write_text(json.dumps({"bos_token_id": 1, "top_k": 5}))  # as the released file has it: ids
+    other = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini")
+    assert other.defaults == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 5, "top_p": 1.0}
+    for text in ("[1]", "{", '{"temperature": "hot"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="generation_config.json must hold"):
+            _ = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini").defaults
+    path.unlink()
+    plain = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini")
+    assert plain.defaults == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 2048, "top_p": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda e: e.generate("x", num_images=0), "num_images must be 1 or more"),
+        (lambda e: e.generate("x", height=-8, width=8), "height and width must be positive"),
+        (lambda e: e.generate("x", ratio="abc"), "'abc'"),
+        (lambda e: e.generate(["x", "y", "z"], ratio=["1:1", "1:2"]), "3 prompts, 2 ratios"),
+        (lambda e: e.generate("x", guidance_scale=float("nan")), "guidance_scale"),
+        (lambda e: e.generate("x", temperature=0), "temperature must be above 0"),
+        (lambda e: e.generate("x", decoding="fast"), "decoding must be one of"),
+        (lambda e: e.understand(Image.new("RGB", (64, 64)), "x", max_new_tokens=0), "max_new_tokens"),
+        (lambda e: e.understand([1, 2], ["a", "b", "c"]), "2 and 3"),
+        (lambda e: e.autoencode(), "image or video"),
+        (lambda e: e.autoencode(video=[Image.new("RGB", (64, 64))] * 3), "3 frames"),
+        (lambda e: e.autoencode(video=[Image.new("RGB", (64, 64)), Image.new("RGB", (72, 64))]), "different sizes"),
+        (lambda e: Emu3Pipeline.from_pretrained("nowhere/at/all"), "no checkpoint at 'nowhere/at/all'"),
+        (lambda e: Emu3Pipeline.from_pretrained("emu3-mini", chat_template="x"), "chat template"),
+        (lambda e: Emu3Pipeline.from_pretrained(vq_model_path="emu3-mini").generate("x"), "no language model"),
+    ],
+)
+def test_mistakes(emu3, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(emu3)
