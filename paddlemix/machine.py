@@ -16,6 +16,9 @@ def start_paddle(device=None, quiet=True):
         device: what --device gave: "cpu", "gpu" or "gpu:N"; None is the GPU where Paddle finds one.
         quiet: do not show the notices and warnings of the libraries.
 
+    Returns:
+        The number of threads that Paddle computes with on a CPU: all cores, or what OMP_NUM_THREADS says.
+
     Raises:
         InputError: there is no such device.
     """
@@ -26,12 +29,13 @@ def start_paddle(device=None, quiet=True):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         os.environ.setdefault("GLOG_minloglevel", "2")
-    threads_are_chosen = "OMP_NUM_THREADS" in os.environ  # Paddle's import sets it to 1
+    threads = os.environ.get("OMP_NUM_THREADS")  # Paddle's import sets it to 1
     import paddle
 
     paddle.disable_signal_handler()  # it prints a C++ traceback when the process is asked to end
-    if not threads_are_chosen:
-        set_num_threads(available_cores())
+    if threads is None:
+        threads = available_cores()
+        set_num_threads(threads)
     cards = paddle.device.cuda.device_count()
     device = device or ("gpu" if cards else "cpu")
     number = re.fullmatch(r"gpu(?::(\d+))?", device)
@@ -41,6 +45,8 @@ def start_paddle(device=None, quiet=True):
             f"{'a CUDA' if paddle.is_compiled_with_cuda() else 'a CPU'} build with {cards} cards"
         )
     paddle.set_device(device)
+    given = re.match(r"\d+", str(threads))
+    return int(given[0]) if given else available_cores()
 
 
 def available_memory():
@@ -61,16 +67,23 @@ def available_memory():
         return free
 
 
+def free_memory():
+    """Bytes that a model can still take on the device."""
+    import paddle
+
+    if paddle.get_device() == "cpu":
+        return available_memory()
+    card = paddle.device.cuda.get_device_properties()
+    return card.total_memory - paddle.device.cuda.memory_reserved()
+
+
 def require_memory(size, purpose):
     """InputError where the device has less than `size` bytes free."""
     import paddle
 
-    if paddle.get_device() == "cpu":
-        free, place = available_memory(), "memory"
-    else:
-        card = paddle.device.cuda.get_device_properties()
-        free, place = card.total_memory - paddle.device.cuda.memory_reserved(), "memory on the card"
+    free = free_memory()
     if size > free:
+        place = "memory" if paddle.get_device() == "cpu" else "memory on the card"
         raise InputError(
             f"{size / 1e9:.1f} GB of {place} {purpose} are needed and {free / 1e9:.1f} GB are free: close other "
             "programs, take a machine with more, or a dtype of fewer bits where the device has it"

@@ -9,8 +9,8 @@ from .files import frame_paths, load_pictures, save_picture, side_by_side, write
 DEMO_IMAGE = "paddlemix/demo_images/emu3_demo.png"
 
 
-def parser():
-    parser = make_parser(__doc__)
+def parser(prog=None):
+    parser = make_parser(__doc__, prog)
     parser.add_argument(
         "--model_path", default="BAAI/Emu3-VisionTokenizer", help="a directory, a hub name, or emu3-mini"
     )
