@@ -228,6 +228,25 @@ def test_all_cores_given_are_used(monkeypatch):
     assert threads == [machine.available_cores()]
 
 
+def test_a_card_that_is_not_there_is_refused(monkeypatch):
+    """Before Paddle is asked for it, which ends the process."""
+    import paddle
+
+    from paddlemix.machine import start_paddle
+    from paddlemix.utils import InputError
+
+    chosen = []
+    monkeypatch.setattr(paddle, "set_device", chosen.append)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 2)
+    for device in (None, "gpu", "gpu:1", "cpu"):
+        start_paddle(device, quiet=False)
+    assert chosen == ["gpu", "gpu", "gpu:1", "cpu"]
+    for device in ("gpu:2", "gpu:", "gpu:-1", "cuda", "GPU"):
+        with pytest.raises(InputError, match=f"--device {device}: .*2 cards"):
+            start_paddle(device, quiet=False)
+    assert len(chosen) == 4
+
+
 def drawing(folder, *arguments):
     """A drawing of 24 x 24 tokens in a process of its own, when it has kept its first row."""
     line = f"{DRAW.replace('720', '192').replace('bfloat16', 'float32')} --seed=1 {' '.join(arguments)}"
