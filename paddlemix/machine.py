@@ -86,7 +86,7 @@ def require_memory(size, purpose):
         place = "memory" if paddle.get_device() == "cpu" else "memory on the card"
         raise InputError(
             f"{size / 1e9:.1f} GB of {place} {purpose} are needed and {free / 1e9:.1f} GB are free: close other "
-            "programs, take a machine with more, or a dtype of fewer bits where the device has it"
+            "programs, use a machine with more, or take a smaller dtype where the device has one"
         )
 
 
@@ -101,7 +101,7 @@ def peak_memory():
 
 def peak_host_memory():
     """Bytes that this process had in memory at most."""
-    try:  # on Linux: getrusage tells the parent's peak where that was higher
+    try:  # on Linux: getrusage gives the parent's peak where that was higher
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
     except (OSError, IndexError):

@@ -171,6 +171,7 @@ def test_quantize_refuses(command, folder, monkeypatch):
         return command("quantize", f"--model_path={model}", f"--output_path={output}", f"--dtype={dtype}")
 
     refused(quantize(output="full"), "--output_path full", "not an empty folder")
+    refused(quantize(output=""), "--output_path .", "not an empty folder")
     refused(quantize(output="full/file"), "full/file")
     refused(quantize(dtype="bfloat16"), "--dtype", "'int8', 'int4'")
     refused(quantize("tied"), "head is its embedding")

@@ -11,9 +11,9 @@ from paddlemix import __version__
 from .console import run
 
 VERBS = {
-    "generate": "draw pictures from prompts",
-    "understand": "answer questions about pictures",
-    "autoencode": "encode a picture or a video's frames to tokens, and decode them",
+    "generate": "text-to-image: draw pictures from prompts",
+    "understand": "image question answering",
+    "autoencode": "reconstruct an image, or a video's frames, from its tokens",
     "quantize": "write a checkpoint again with int8 or int4 weights",
     "info": "list versions, device, operators and memory, and what a checkpoint needs of them",
 }

@@ -58,7 +58,7 @@ def _number(kind, text, accepted):
 def bare_parser(description, prog=None):
     """The parser of a command. `prog` is None for a script, whose name Python knows."""
     parser = _Parser(prog=prog, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--verbose", action="store_true", help="show the notices of the libraries, too")
+    parser.add_argument("--verbose", action="store_true", help="show the notices of the libraries")
     return parser
 
 
@@ -106,7 +106,7 @@ def run(parser, command, arguments=None):
 
 
 def _out_of_memory(error):
-    """What Paddle and numpy say in many lines, in one."""
+    """One line for an error of which Paddle writes many."""
     found = re.search(r"(Cannot allocate|Fail to alloc|Unable to allocate)[^,\n]*", str(error))
     wanted = f" ({found[0].strip()})" if found else ""
     return f"out of memory{wanted}: close other programs, or take fewer or smaller pictures, or a smaller --dtype"
@@ -195,7 +195,7 @@ def _check_outputs(args):
     for name in ("stats_json", "preview"):
         file = getattr(args, name, None)
         if file and Path(file).exists() and not Path(file).is_file():
-            raise InputError(f"--{name} {file} is no file: give the name of one")
+            raise InputError(f"--{name} {file} is not a file: give the name of one")
         folders += [Path(file).parent] if file else []
     for folder in folders:
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -203,7 +203,7 @@ def _check_outputs(args):
 
 
 def _settle_models(args):
-    """The vision tokenizer where none is named, and what emu3-mini means where a folder has that name, too."""
+    """The vision tokenizer where none is named, and a note on emu3-mini where a folder has that name."""
     from paddlemix.models.emu3.hub import MINI, matching_vision_tokenizer
 
     if getattr(args, "vq_model_path", "") is None and args.model_path:

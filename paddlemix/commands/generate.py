@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Draw pictures from prompts."""
+"""Text-to-image: draw pictures from prompts."""
 
 from dataclasses import replace
 from math import gcd, isqrt
@@ -20,26 +20,26 @@ def parser(prog=None):
     size = "(default: what the checkpoint is made for, 720; of emu3-mini 64)"
     parser.add_argument("--height", type=integer, help=f"with --width: how many pixels the picture has {size}")
     parser.add_argument("--width", type=integer, help=f"with --height: how many pixels the picture has {size}")
-    parser.add_argument("--negative_prompt", help="what to lead away from (default: the original's)")
+    parser.add_argument("--negative_prompt", help="what the picture must not be like (default: the original's)")
     parser.add_argument("--guidance_scale", type=number, default=3.0, help="1 is no guidance, and half the work")
     parser.add_argument(
-        "--top_k", type=integer, default=2048, help="draw from so many likeliest tokens; 0 is all, 1 greedy"
+        "--top_k", type=integer, default=2048, help="sample from so many likeliest tokens; 0 is all, 1 is greedy"
     )
-    parser.add_argument("--top_p", type=number, default=1.0, help="draw from the likeliest tokens of this probability")
-    parser.add_argument("--temperature", type=number, default=1.0, help="below 1 is more likely, above 1 more varied")
+    parser.add_argument("--top_p", type=number, default=1.0, help="sample from likeliest tokens of this probability")
+    parser.add_argument("--temperature", type=number, default=1.0, help="below 1 is likelier, above 1 more varied")
     parser.add_argument("--seed", type=integer, help="the same seed gives the same picture (default: a new one)")
     parser.add_argument("--num_images", type=integer, default=1, help="pictures of each prompt, drawn together")
     parser.add_argument(
         "--decoding",
         default="auto",
         choices=["auto", "step", "jacobi"],
-        help="step: a token a pass; jacobi: many guessed tokens a pass, of which the right ones stay, which gives the "
-        "same picture; auto: jacobi where more tokens a pass cost little: on a GPU, and for one picture on a CPU with "
-        "the compiled operators or without guidance; else step",
+        help="step: sequential decoding, one token a forward pass; jacobi: several guessed tokens a forward pass, and "
+        "only those that step would draw are accepted, so the picture is the same; auto: jacobi on a GPU, and for one "
+        "picture on a CPU with the compiled operators or without guidance, else step",
     )
-    parser.add_argument("--preview", metavar="FILE", help="a PNG of what is drawn so far, rewritten every few rows")
+    parser.add_argument("--preview", metavar="FILE", help="write the picture so far to this PNG, every few rows")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with what an interrupted run of the same command left"
+        "--resume", action="store_true", help="continue what an interrupted run of the same command left"
     )
     add_dtype(parser)
     return parser
@@ -154,7 +154,7 @@ def one_each(args):
     if args.height < 1 or args.width < 1:
         raise InputError(f"--height and --width must be positive, got {args.height} and {args.width}")
     for ratio in args.ratio or []:
-        generate_size(ratio, args.height * args.width)  # a mistake is told before anything is loaded
+        generate_size(ratio, args.height * args.width)  # a mistake is refused before anything is loaded
     common = gcd(args.width, args.height)
     ratios = args.ratio or [f"{args.width // common}:{args.height // common}"]
     if len(ratios) not in (1, len(args.prompt)):
@@ -172,7 +172,7 @@ def new_seed():
 
 
 def warn_if_too_long(config, processor, prompt_length, ratio, size):
-    """Positions beyond those of the training give poor pictures: say so, and which size does not."""
+    """Positions beyond those of the training give poor pictures: a note names a size within them."""
     from paddlemix.processors.emu3_processing import largest_size
 
     needed, limit = prompt_length + processor.grammar.num_tokens(*size), config.max_position_embeddings

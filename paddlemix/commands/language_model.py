@@ -46,7 +46,7 @@ def usable_dtype(dtype, config):
 
 
 def build_command():
-    """What compiles the operators: there is a Makefile in a checkout alone."""
+    """The command that compiles the operators: only a checkout has a Makefile."""
     return "make ops" if (ROOT / "Makefile").is_file() else "python -m paddlemix.external_ops.build"
 
 

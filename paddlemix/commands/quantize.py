@@ -44,8 +44,8 @@ def main(args):
 
 def check_target(target, size):
     """InputError where a new folder of so many bytes cannot be written."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--output_path {target} exists and is not an empty folder: give a new one")
+    if target.exists() and (not target.is_dir() or any(target.iterdir()) or target.samefile(Path.cwd())):
+        raise InputError(f"--output_path {target} is not an empty folder elsewhere: give the name of a new one")
     parent = next(p for p in target.absolute().parents if p.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"--output_path {target}: cannot write into {parent}: give another folder")

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Answer questions about pictures."""
+"""Image question answering: answer questions about pictures."""
 
 import sys
 
