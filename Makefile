@@ -36,7 +36,7 @@ help:
 	@echo "make ops    compile the custom operators into .venv (paddlemix/external_ops)"
 	@echo "make test   ruff and pytest"
 	@echo "make lint   ruff alone"
-	@echo "make venv   .venv with all that is needed; the others make it themselves"
+	@echo "make venv   .venv with all that is needed; the others make it themselves; .venv/bin/emu3 lists the commands"
 	@echo "make bench  side by side with transformers, into benchmarks/RESULTS.md; BENCH=--quick takes minutes, not an hour"
 	@echo "make clean  remove all of that"
 	@echo

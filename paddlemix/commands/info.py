@@ -17,7 +17,7 @@ def parser(prog=None):
     parser.add_argument("--model_path", help="what does this checkpoint need? A directory, a hub name, or emu3-mini")
     parser.add_argument("--vq_model_path", help="its vision tokenizer (default: the released one, or emu3-mini's own)")
     parser.add_argument("--device", help=DEVICE_HELP)
-    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    parser.add_argument("--json", action="store_true", help="print the same as JSON, memory in bytes")
     return parser
 
 
