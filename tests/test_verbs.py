@@ -222,6 +222,16 @@ def test_info(command, folder):
     assert "float32, bfloat16, int8, int4" in out and re.search(r"\d cores, \d+ threads", out)
 
 
+def test_info_names_the_command_that_compiles_the_operators(command, folder, monkeypatch):
+    from paddlemix import external_ops
+
+    monkeypatch.setattr(external_ops, "operators", lambda: None)
+    monkeypatch.setattr(external_ops, "status", lambda: (None, "are not built"), raising=False)
+    code, out, _ = command("info")
+    assert code == 0 and "operators   are not built; `make ops` compiles them\n" in out
+    assert "attention   new tokens matrix products" in out
+
+
 def test_info_of_a_checkpoint(command, folder, monkeypatch):
     code, out, err = command("info", "--model_path=emu3-mini", "--json")
     found = json.loads(out)

@@ -9,6 +9,7 @@ import paddlemix
 from paddlemix.machine import available_cores, free_memory
 
 from .console import DEVICE_HELP, bare_parser, say
+from .language_model import build_command
 from .needs import cache_bytes, parameters, picture_tokens, vision_bytes, weight_bytes
 
 
@@ -39,7 +40,7 @@ def versions():
 
 
 def machine(threads):
-    """The device, what is free on it, and how it computes."""
+    """The device, the memory that is free on it in bytes, and how it computes."""
     import paddle
 
     device = paddle.get_device()
@@ -47,12 +48,13 @@ def machine(threads):
     operators = compiled_operators()
     if on_cpu:
         name = cpu_name()
-        attention = "compiled, a new token at a time" if operators["compiled"] else "products of matrices with Paddle"
+        new = "compiled" if operators["compiled"] else "matrix products"
+        attention = f"new tokens {new}, prompts matrix products"
         dtypes = ["float32", "bfloat16", "int8", "int4"]
     else:
         name = paddle.device.cuda.get_device_name()
         is_new = paddle.device.cuda.get_device_capability()[0] >= 8
-        attention = "flash attention in 16 bits" if is_new else "products of matrices with Paddle"
+        attention = f"new tokens matrix products, prompts {'flash attention in 16 bits' if is_new else 'the same'}"
         dtypes = ["float32", "float16", *["bfloat16"] * is_new, "int8", "int4"]
     return {
         "device": device, "name": name, "cores": available_cores(), "threads": threads, "free_memory": free_memory(),
@@ -68,7 +70,8 @@ def compiled_operators():
     else:
         module, reason = external_ops.operators(), None
     vectors = external_ops.vectors() if module and hasattr(external_ops, "vectors") else None
-    return {"compiled": module is not None, "reason": reason, "vectors": vectors}
+    build = None if module else build_command()
+    return {"compiled": module is not None, "reason": reason, "vectors": vectors, "build": build}
 
 
 def cpu_name():
@@ -115,8 +118,10 @@ def lines(info):
     yield f"device      {m['device']}{name}; {m['cores']} cores, {m['threads']} threads"
     yield f"memory      {in_bytes(m['free_memory'])} free"
     ops = m["operators"]
-    detail = ops["vectors"] if ops["compiled"] else ops["reason"]
-    yield f"operators   {'compiled' if ops['compiled'] else 'not compiled'}{f': {detail}' if detail else ''}"
+    if ops["compiled"]:
+        yield f"operators   compiled{', ' + ops['vectors'] if ops['vectors'] else ''}"
+    else:
+        yield f"operators   {ops['reason'] or 'not compiled'}; `{ops['build']}` compiles them"
     yield f"attention   {m['attention']}"
     yield f"dtypes      {', '.join(m['dtypes'])}"
     if "checkpoint" not in info:

@@ -35,10 +35,13 @@ def main(args):
         model = Emu3ForCausalLM.from_pretrained(args.model_path, dtype=args.dtype)
         required, optional = [VOCAB_FILE, SPECIAL_TOKENS_FILE], [CONFIG_FILE, "generation_config.json"]
         source = fetch(args.model_path, required, optional)
-        before = {file.path: file.path.stat().st_size for file in open_weights(args.model_path).values()}
+        files = set(open_weights(args.model_path).values())
+        before = sum(file.path.stat().st_size for file in files)
+        for file in files:
+            file.close()
     write(model, [source / name for name in required + optional], target)
     after = sum(path.stat().st_size for path in target.glob("*.safetensors"))
-    say(f"weights: {sum(before.values()) / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB in {args.dtype}")
+    say(f"weights: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB in {args.dtype}")
     say(f"wrote {target}")
 
 
