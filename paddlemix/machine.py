@@ -16,9 +16,6 @@ def start_paddle(device=None, quiet=True):
         device: what --device gave: "cpu", "gpu" or "gpu:N"; None is the GPU where Paddle finds one.
         quiet: do not show the notices and warnings of the libraries.
 
-    Returns:
-        The number of threads that Paddle computes with on a CPU: all cores, or what OMP_NUM_THREADS says.
-
     Raises:
         InputError: there is no such device.
     """
@@ -29,13 +26,12 @@ def start_paddle(device=None, quiet=True):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         os.environ.setdefault("GLOG_minloglevel", "2")
-    threads = os.environ.get("OMP_NUM_THREADS")  # Paddle's import sets it to 1
+    threads_are_chosen = "OMP_NUM_THREADS" in os.environ  # Paddle's import sets it to 1
     import paddle
 
     paddle.disable_signal_handler()  # it prints a C++ traceback when the process is asked to end
-    if threads is None:
-        threads = available_cores()
-        set_num_threads(threads)
+    if not threads_are_chosen:
+        set_num_threads(available_cores())
     cards = paddle.device.cuda.device_count()
     device = device or ("gpu" if cards else "cpu")
     number = re.fullmatch(r"gpu(?::(\d+))?", device)
@@ -45,8 +41,6 @@ def start_paddle(device=None, quiet=True):
             f"{'a CUDA' if paddle.is_compiled_with_cuda() else 'a CPU'} build with {cards} cards"
         )
     paddle.set_device(device)
-    given = re.match(r"\d+", str(threads))
-    return int(given[0]) if given else available_cores()
 
 
 def available_memory():

@@ -89,7 +89,7 @@ def run(parser, command, arguments=None):
         _settle_texts(args, parser)
         _check_outputs(args)
         _settle_models(args)
-        args.threads = start_paddle(args.device, quiet=not args.verbose)
+        start_paddle(args.device, quiet=not args.verbose)
         command(args)
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads on: not worth a message

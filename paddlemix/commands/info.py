@@ -7,6 +7,7 @@ from importlib import metadata
 
 import paddlemix
 from paddlemix.machine import available_cores, free_memory
+from paddlemix.paddle_private import num_threads
 
 from .console import DEVICE_HELP, bare_parser, say
 from .language_model import build_command
@@ -23,7 +24,7 @@ def parser(prog=None):
 
 
 def main(args):
-    info = {"versions": versions(), "machine": machine(args.threads)}
+    info = {"versions": versions(), "machine": machine()}
     if args.model_path:
         info["checkpoint"] = checkpoint(args, info["machine"])
     say(json.dumps(info, indent=2) if args.json else "\n".join(lines(info)))
@@ -39,7 +40,7 @@ def versions():
     }  # fmt: skip
 
 
-def machine(threads):
+def machine():
     """The device, the memory that is free on it in bytes, and how it computes."""
     import paddle
 
@@ -57,8 +58,8 @@ def machine(threads):
         attention = f"new tokens matrix products, prompts {'flash attention in 16 bits' if is_new else 'the same'}"
         dtypes = ["float32", "float16", *["bfloat16"] * is_new, "int8", "int4"]
     return {
-        "device": device, "name": name, "cores": available_cores(), "threads": threads, "free_memory": free_memory(),
-        "operators": operators, "attention": attention, "dtypes": dtypes,
+        "device": device, "name": name, "cores": available_cores(), "threads": num_threads(),
+        "free_memory": free_memory(), "operators": operators, "attention": attention, "dtypes": dtypes,
     }  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def lines(info):
     paddle = f"Paddle {v['paddle']} ({v['paddle_build']} build), PaddleNLP {v['paddlenlp'] or 'is missing'}"
     yield f"versions    paddlemix-emu3 {v['paddlemix-emu3']}, Python {v['python']}, {paddle}"
     name = f": {m['name']}" if m["name"] else ""
-    yield f"device      {m['device']}{name}; {m['cores']} cores, {m['threads']} threads"
+    yield f"device      {m['device']}{name}; {m['cores']} cores, {m['threads'] or 'an unknown number of'} threads"
     yield f"memory      {in_bytes(m['free_memory'])} free"
     ops = m["operators"]
     if ops["compiled"]:
