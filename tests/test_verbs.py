@@ -44,6 +44,13 @@ def test_without_a_verb_it_lists_them(command):
         assert len(re.findall(rf"^  {verb} +\w", out, re.MULTILINE)) == 1
 
 
+@pytest.mark.parametrize("arguments", ["--help", "generate --help"])
+def test_nobody_reads_the_help(arguments):
+    line = f"{sys.executable} -m paddlemix.commands {arguments} | true"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    assert subprocess.run(line, shell=True, capture_output=True, text=True, env=env, check=True).stderr == ""
+
+
 def test_an_unknown_verb(command):
     refused(command("genrate"), "'genrate'", "did you mean generate?")
     refused(command("x"), "the verbs are generate, understand")

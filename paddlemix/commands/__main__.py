@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from paddlemix import __doc__ as DESCRIPTION
 from paddlemix import __version__
 
-from .console import run
+from .console import run, say
 
 VERBS = {
     "generate": "text-to-image: draw pictures from prompts",
@@ -23,11 +23,11 @@ EXAMPLE = 'emu3 generate "a large red circle on a white background." --model_pat
 def main(arguments=None):
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help", "help"):
-        lines = [f"  {name:<12}{what}" for name, what in VERBS.items()]
-        print("usage: emu3 VERB ...", "", DESCRIPTION, "", *lines, "", sep="\n")
-        print(f"emu3 VERB --help lists the arguments of a verb. An example:\n  {EXAMPLE}")
+        lines = ["usage: emu3 VERB ...", "", DESCRIPTION, "", *(f"  {name:<12}{what}" for name, what in VERBS.items())]
+        lines += ["", "emu3 VERB --help lists the arguments of a verb. An example:", f"  {EXAMPLE}"]
+        say("\n".join(lines))
     elif verb == "--version":
-        print(f"emu3 {__version__}")
+        say(f"emu3 {__version__}")
     elif verb not in VERBS:
         near = get_close_matches(verb, VERBS, 1)
         advice = f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(VERBS)}"
