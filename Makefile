@@ -8,6 +8,7 @@ PADDLE ?= $(or $(PADDLE_KEPT),paddlepaddle==3.3.1)
 PADDLE_ASKED := $(if $(filter file,$(origin PADDLE)),$(PADDLE_KEPT),$(PADDLE))
 
 RUN := .venv/bin/python
+EMU3 := .venv/bin/emu3
 # Both names: pip before 25.3 reads the first one for what builds a package, later ones the second.
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install -qq --use-pep517
@@ -20,7 +21,6 @@ PEER_PYTHON ?= .venv-peer/bin/python
 OUT := demo_output
 PICTURE := paddlemix/demo_images/emu3_demo.png
 SCENE := paddlemix/demo_images/emu3_scene.png
-EXAMPLES := paddlemix/examples/emu3
 
 # Emu3-Mini is trained with PyTorch, in an environment of its own; what MINI_RUN holds is gone on from.
 MINI := tools/mini
@@ -30,13 +30,13 @@ MINI_RUN ?= mini_run
 .PHONY: help venv ops demo eval mini bench lint test clean asked-again
 
 help:
-	@echo "make demo   draw, answer and autoencode with Emu3-Mini, which comes with the package; results in $(OUT)/"
+	@echo "make demo   generate, understand and autoencode with Emu3-Mini, which comes with the package; into $(OUT)/"
 	@echo "make eval   measure Emu3-Mini on scenes that its training left out"
 	@echo "make mini   train Emu3-Mini anew with PyTorch, from data to files: hours on a CPU"
 	@echo "make ops    compile the custom operators into .venv (paddlemix/external_ops)"
 	@echo "make test   ruff and pytest"
 	@echo "make lint   ruff alone"
-	@echo "make venv   .venv with all that is needed; the others make it themselves"
+	@echo "make venv   .venv with all that is needed; the others make it themselves; .venv/bin/emu3 lists the commands"
 	@echo "make bench  side by side with transformers, into benchmarks/RESULTS.md; BENCH=--quick takes minutes, not an hour"
 	@echo "make clean  remove all of that"
 	@echo
@@ -81,12 +81,13 @@ ops: .venv/ops
 	@cd $(OPS) && ../../$(RUN) setup.py install > ../../.venv/ops.log 2>&1 || { cat ../../.venv/ops.log >&2; exit 1; }
 	@touch $@
 
+# Without the commands themselves: it prints what README.md shows.
 demo: venv
-	$(RUN) $(EXAMPLES)/run_generation_inference.py --model_path=emu3-mini --seed=1 --dtype=float32 --output_dir=$(OUT) \
-		--guidance_scale=1.5 --temperature=0.5 --prompt "a large red circle on a white background."
-	$(RUN) $(EXAMPLES)/run_understanding_inference.py --model_path=emu3-mini --dtype=float32 --image_path=$(SCENE) \
-		--question "What colour is the triangle?" "Please describe the image" "背景是什么颜色？"
-	$(RUN) $(EXAMPLES)/autoencode.py --model_path=emu3-mini --image_path=$(PICTURE) --output_dir=$(OUT)
+	@$(EMU3) generate "a large red circle on a white background." --model_path=emu3-mini --seed=1 --dtype=float32 \
+		--guidance_scale=1.5 --temperature=0.5 --output_dir=$(OUT)
+	@$(EMU3) understand "What colour is the triangle?" "Please describe the image" "背景是什么颜色？" \
+		--model_path=emu3-mini --dtype=float32 --image_path=$(SCENE)
+	@$(EMU3) autoencode --model_path=emu3-mini --image_path=$(PICTURE) --output_dir=$(OUT)
 
 eval: venv
 	$(RUN) $(MINI)/evaluate.py

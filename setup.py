@@ -1,16 +1,19 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
+import re
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
 # PaddlePaddle is left out on purpose: CPU and GPU builds are two distributions of one module, and asking
 # for either would install it over the other. Paddle is installed first, or by `make venv`.
-requirements = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8")
+HERE = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (HERE / "paddlemix" / "__init__.py").read_text(encoding="utf-8"))[1]
+requirements = (HERE / "requirements.txt").read_text(encoding="utf-8")
 install_requires = [line for line in (raw.split("#")[0].strip() for raw in requirements.splitlines()) if line]
 
 setup(
     name="paddlemix-emu3",
-    version="0.1.0",
+    version=version,
     description="Emu3, BAAI's native multimodal model, on PaddlePaddle",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
@@ -21,4 +24,5 @@ setup(
         "": ["*.png", "*.json", "*.md", "*.txt", "*.tiktoken", "*.safetensors", "*.cc", "*.cu", "*.cuh", "*.h"],
     },
     install_requires=install_requires,
+    entry_points={"console_scripts": ["emu3 = paddlemix.commands.__main__:main"]},
 )

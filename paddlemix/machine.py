@@ -67,19 +67,26 @@ def available_memory():
         return free
 
 
+def free_memory():
+    """Bytes that a model can still take on the device."""
+    import paddle
+
+    if paddle.get_device() == "cpu":
+        return available_memory()
+    card = paddle.device.cuda.get_device_properties()
+    return card.total_memory - paddle.device.cuda.memory_reserved()
+
+
 def require_memory(size, purpose):
     """InputError where the device has less than `size` bytes free."""
     import paddle
 
-    if paddle.get_device() == "cpu":
-        free, place = available_memory(), "memory"
-    else:
-        card = paddle.device.cuda.get_device_properties()
-        free, place = card.total_memory - paddle.device.cuda.memory_reserved(), "memory on the card"
+    free = free_memory()
     if size > free:
+        place = "memory" if paddle.get_device() == "cpu" else "memory on the card"
         raise InputError(
             f"{size / 1e9:.1f} GB of {place} {purpose} are needed and {free / 1e9:.1f} GB are free: close other "
-            "programs, take a machine with more, or a dtype of fewer bits where the device has it"
+            "programs, use a machine with more, or take a smaller dtype where the device has one"
         )
 
 
@@ -94,7 +101,7 @@ def peak_memory():
 
 def peak_host_memory():
     """Bytes that this process had in memory at most."""
-    try:  # on Linux: getrusage tells the parent's peak where that was higher
+    try:  # on Linux: getrusage gives the parent's peak where that was higher
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
     except (OSError, IndexError):

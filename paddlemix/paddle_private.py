@@ -12,6 +12,17 @@ def set_num_threads(count):
     paddle.base.core.set_num_threads(count)
 
 
+def num_threads():
+    """How many threads Paddle computes with on a CPU; None where it does not bring its own OpenMP."""
+    import ctypes
+    from pathlib import Path
+
+    import paddle
+
+    library = Path(paddle.__file__).parent / "libs" / "libiomp5.so"
+    return ctypes.CDLL(str(library)).omp_get_max_threads() if library.exists() else None
+
+
 def is_untouched(layer):
     """Whether a layer is not in training, and nothing is hooked in or put in the place of its forward."""
     hooked = layer._forward_pre_hooks or layer._forward_post_hooks or "forward" in vars(layer)

@@ -57,13 +57,21 @@ def vectors(request, monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command("autoencode.py", "--model_path", ...) -> (exit code, stdout, stderr), run in this process"""
+    """command("autoencode.py", "--model_path", ...) -> (exit code, stdout, stderr), run in this process.
+
+    A name without .py is a verb of `emu3`, "" is `emu3` by itself.
+    """
 
     def run(script, *arguments):
+        from paddlemix.commands.__main__ import main
+
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         path, code = list(sys.path), 0
         try:
-            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+            if script.endswith(".py"):
+                runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+            else:
+                main([script, *map(str, arguments)] if script else [])
         except SystemExit as stop:
             code = stop.code
         finally:

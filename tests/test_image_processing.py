@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import paddlemix
-from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor, load_image, smart_resize
+from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor, load_image, psnr, smart_resize
 from paddlemix.utils import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -442,3 +442,10 @@ def test_load_image_refuses_a_decompression_bomb(tmp_path, colours, monkeypatch,
     Image.fromarray(colours).save(tmp_path / "bomb.png")
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", limit)
     assert f"{HEIGHT * WIDTH} pixels" in refusal(tmp_path / "bomb.png")
+
+
+def test_psnr():
+    """20 log10(255) for a difference of 1 everywhere; of PIL pictures and of arrays, either way round."""
+    black, other = Image.new("RGB", (8, 4)), np.ones([4, 8, 3], np.uint8)
+    assert psnr(black, other) == psnr(other, black) == pytest.approx(20 * np.log10(255))
+    assert psnr(black, other * 255) == 0 and psnr(black, black) == np.inf

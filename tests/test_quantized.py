@@ -375,23 +375,17 @@ def test_memory_of_the_released_model(tmp_path, monkeypatch):
 # --- the commands
 
 
-@pytest.fixture
-def notes():
-    """What a command says on stderr first, where it computes in fewer bits: that the operators are missing."""
-    return [] if external_ops.operators() else ["run `make ops`"]
-
-
 @pytest.mark.parametrize("dtype", ["int8", "int4", "bfloat16"])
-def test_draw(command, tmp_path, monkeypatch, notes, dtype):
+def test_draw(command, tmp_path, monkeypatch, dtype):
     monkeypatch.chdir(tmp_path)
     arguments = ["--model_path=emu3-mini", f"--dtype={dtype}", "--prompt=a red circle", "--height=24", "--width=32"]
     code, _, err = command("run_generation_inference.py", *arguments)
-    assert code == 0 and len(err.splitlines()) == len(notes) and all(word in err for word in notes), err
+    assert (code, err) == (0, "")
     picture = Image.open("result_0.png")
     assert picture.size == (32, 24) and picture.text["dtype"] == dtype
 
 
-def test_answer_of_a_quantized_checkpoint(command, tmp_path, monkeypatch, notes):
+def test_answer_of_a_quantized_checkpoint(command, tmp_path, monkeypatch):
     """Its own dtype is what the command takes; another one is refused in a line."""
     monkeypatch.chdir(tmp_path)
     Emu3ForCausalLM.from_pretrained("emu3-mini", dtype="int8").save_pretrained("small")
@@ -399,15 +393,17 @@ def test_answer_of_a_quantized_checkpoint(command, tmp_path, monkeypatch, notes)
     arguments = ["--model_path=small", "--vq_model_path=emu3-mini", "--image_path=paddlemix/demo_images/emu3_scene.png"]
     arguments += ["--question", "How many objects are there?"]
     code, out, err = command("run_understanding_inference.py", *arguments)
-    assert (code, out) == (0, "two\n") and len(err.splitlines()) == len(notes) + 1
+    assert (code, out) == (0, "two\n") and err.count("\n") == 1
     code, out, err = command("run_understanding_inference.py", *arguments, "--dtype=bfloat16")
-    assert (code, out) == (2, "") and "small is int8" in err and err.count("\n") == len(notes) + 1
+    assert (code, out) == (2, "") and "small is int8" in err and err.count("\n") == 1
 
 
 def test_slow_without_the_operators_is_told(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(external_ops, "operators", lambda: None)
     arguments = ["--model_path=emu3-mini", "--prompt=a red circle", "--height=16", "--width=16"]
+    assert command("run_generation_inference.py", *arguments)[2] == ""  # a small model is quick enough
+    monkeypatch.setattr("paddlemix.commands.language_model.SLOW_BYTES", 1e6)
     for dtype in (["--dtype=int4"], ["--dtype=float32"], []):
         code, _, err = command("run_generation_inference.py", *arguments, *dtype)
         assert code == 0 and err.count("\n") == 1 and "run `make ops`" in err

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 VISION_CONFIG = {
@@ -68,7 +67,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", help="where the checkpoints go, a folder each")
     directory = Path(parser.parse_args().directory)
-    warnings.simplefilter("ignore")  # Paddle's notices when it is imported
+    from paddlemix.machine import start_paddle
+
+    start_paddle("cpu")
     import paddle
 
     paddle.seed(0)

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""See a picture, or a video's frames, through the vision tokenizer: pixels to codes and back."""
+"""Reconstruct an image, or a video's frames: encode it with the vision tokenizer, and decode it."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from .files import frame_paths, load_pictures, save_picture, side_by_side, write
 DEMO_IMAGE = "paddlemix/demo_images/emu3_demo.png"
 
 
-def parser():
-    parser = make_parser(__doc__)
+def parser(prog=None):
+    parser = make_parser(__doc__, prog)
     parser.add_argument(
         "--model_path", default="BAAI/Emu3-VisionTokenizer", help="a directory, a hub name, or emu3-mini"
     )
@@ -36,7 +36,7 @@ def main(args):
     written, stats = [], {"encode_s": 0.0, "decode_s": 0.0}
     for name, pixels in jobs.items():
         clips = as_clips(pixels, model.config.temporal_downsample_factor) if name == "recon_video" else [pixels]
-        decoded = [picture for clip in clips for picture in there_and_back(model, clip, stats)]
+        decoded = [picture for clip in clips for picture in reconstruct(model, clip, stats)]
         pairs = zip(processor.postprocess(pixels)["pixel_values"], decoded, strict=True)
         for i, (original, pixels_back) in enumerate(pairs):
             picture = processor.postprocess(pixels_back)["pixel_values"][0]
@@ -62,7 +62,7 @@ def video_pixels(processor, frames):
 
 
 def as_clips(pixels, frames):
-    """Video [T, 3, H, W] -> clips [1, frames, 3, H, W], each coded by itself as in the original."""
+    """Video [T, 3, H, W] -> clips [1, frames, 3, H, W], each encoded by itself as in the original."""
     from paddlemix.utils import InputError
 
     if len(pixels) % frames:
@@ -73,8 +73,8 @@ def as_clips(pixels, frames):
     return pixels.reshape(-1, 1, frames, *pixels.shape[1:])
 
 
-def there_and_back(model, clip, stats):
-    """Pixels -> codes -> pixels: a numpy array [frames, 3, H, W]; seconds are added to `stats`."""
+def reconstruct(model, clip, stats):
+    """Pixels -> codes -> pixels, a numpy array [frames, 3, H, W]; the seconds are added to `stats`."""
     import paddle
 
     with paddle.no_grad(), progress_bar(2, "pass", f"{clip.shape[-1]} x {clip.shape[-2]}") as bar:

@@ -3,37 +3,90 @@
 
 import argparse
 import os
+import re
+import reprlib
 import signal
 import sys
 import time
+from difflib import get_close_matches
 from pathlib import Path
 
 from paddlemix.machine import start_paddle
 from paddlemix.utils import InputError
 
+DEVICE_HELP = "cpu, gpu or gpu:N (default: the GPU if Paddle has one)"
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):  # "(default: None)" tells nobody anything
+    def _get_help_string(self, action):  # "(default: None)" helps nobody
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def make_parser(description, writes_pictures=True):
-    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-    if writes_pictures:
-        parser.add_argument("--output_dir", default=".", help="where results are written")
-    parser.add_argument("--device", help="cpu, gpu or gpu:N (default: the GPU if Paddle has one)")
-    parser.add_argument("--stats_json", metavar="FILE", help="write times, tokens and peak memory to this file")
-    parser.add_argument("--verbose", action="store_true", help="show the notices of the libraries, too")
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are an InputError of one line, where argparse prints the usage of all options."""
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = re.findall(r"--\w+", self.format_usage())
+            near = get_close_matches(unknown[0].split("=")[0], options, 1)
+            advice = f"did you mean {near[0]}?" if near else "--help lists what is accepted"
+            raise InputError(f"unknown argument {reprlib.repr(unknown[0])}: {advice}")
+        return args
+
+    def error(self, message):
+        message = message.removeprefix("argument ").replace("expected one argument", "a value is missing after it")
+        raise InputError(message.replace("expected at least one argument", "at least one value is missing after it"))
+
+
+def integer(text):
+    """The type of an option that takes a whole number."""
+    return _number(int, text, "a whole number, such as 64")
+
+
+def number(text):
+    return _number(float, text, "a number, such as 1.5")
+
+
+def _number(kind, text, accepted):
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not {accepted}") from None
+
+
+def bare_parser(description, prog=None):
+    """The parser of a command. `prog` is None for a script, whose name Python knows."""
+    parser = _Parser(prog=prog, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--verbose", action="store_true", help="show the notices of the libraries")
     return parser
 
 
-def run(parser, command):
+def make_parser(description, prog=None, writes_pictures=True):
+    """The parser of a command that computes."""
+    parser = bare_parser(description, prog)
+    if writes_pictures:
+        parser.add_argument("--output_dir", default=".", help="where results are written")
+    parser.add_argument("--device", help=DEVICE_HELP)
+    parser.add_argument("--stats_json", metavar="FILE", help="write times, tokens and peak memory to this file")
+    return parser
+
+
+def add_texts(parser, option, default, help, by_position):
+    """An option of one or more texts, which `by_position` accepts without the option's name as well."""
+    parser.add_argument(f"--{option}", nargs="+", default=default, help=help)
+    if by_position:
+        parser.add_argument("texts", nargs="*", metavar=option.upper(), help=f"the same as --{option}")
+        parser.set_defaults(texts_of=option)
+
+
+def run(parser, command, arguments=None):
     """Run a command. A user's mistake is one line on stderr and exit code 2; Ctrl-C exits with 130."""
-    args = parser.parse_args()
     before = signal.signal(signal.SIGINT, _leave)
     try:
+        args = parser.parse_args(arguments)
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
-        _check_text(args)
+        _settle_texts(args, parser)
         _check_outputs(args)
         _settle_models(args)
         start_paddle(args.device, quiet=not args.verbose)
@@ -44,10 +97,19 @@ def run(parser, command):
         sys.exit(141)
     except (InputError, OSError) as error:
         sys.exit(_complain(f"error: {' '.join(str(error).split())}", 2))
+    except MemoryError as error:
+        sys.exit(_complain(f"error: {_out_of_memory(error)}", 2))
     except KeyboardInterrupt as stop:
         sys.exit(_complain(f"\ninterrupted{': ' if stop.args else ''}{stop}", 130))
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _out_of_memory(error):
+    """One line for an error of which Paddle writes many."""
+    found = re.search(r"(Cannot allocate|Fail to alloc|Unable to allocate)[^,\n]*", str(error))
+    wanted = f" ({found[0].strip()})" if found else ""
+    return f"out of memory{wanted}: close other programs, or take fewer or smaller pictures, or a smaller --dtype"
 
 
 def _leave(*signal_and_frame):
@@ -105,8 +167,13 @@ def progress_bar(total, unit, description, initial=0):
     )  # fmt: skip
 
 
-def _check_text(args):
-    """Bytes that are not UTF-8 come as surrogates, which no tokenizer and no PNG takes."""
+def _settle_texts(args, parser):
+    """Texts given without their option's name take its place. Bytes that are not UTF-8 come as surrogates, which no
+    tokenizer and no PNG takes."""
+    if getattr(args, "texts", None):
+        if getattr(args, args.texts_of) is not parser.get_default(args.texts_of):
+            raise InputError(f"give {args.texts_of} once: {reprlib.repr(args.texts[0])}, or --{args.texts_of}")
+        setattr(args, args.texts_of, args.texts)
     for name in ("prompt", "negative_prompt", "question", "chat_template"):
         value = getattr(args, name, None) or ""
         for text in [value] if isinstance(value, str) else value:
@@ -128,7 +195,7 @@ def _check_outputs(args):
     for name in ("stats_json", "preview"):
         file = getattr(args, name, None)
         if file and Path(file).exists() and not Path(file).is_file():
-            raise InputError(f"--{name} {file} is no file: give the name of one")
+            raise InputError(f"--{name} {file} is not a file: give the name of one")
         folders += [Path(file).parent] if file else []
     for folder in folders:
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -136,10 +203,10 @@ def _check_outputs(args):
 
 
 def _settle_models(args):
-    """The vision tokenizer where none is named, and what emu3-mini means where a folder has that name, too."""
+    """The vision tokenizer where none is named, and a note on emu3-mini where a folder has that name."""
     from paddlemix.models.emu3.hub import MINI, matching_vision_tokenizer
 
-    if getattr(args, "vq_model_path", "") is None:
+    if getattr(args, "vq_model_path", "") is None and args.model_path:
         args.vq_model_path = matching_vision_tokenizer(args.model_path)
     if args.model_path == MINI and Path(MINI).exists():
         note(f"{MINI} is the checkpoint that comes with the package; the folder of that name here is ./{MINI}")

@@ -81,7 +81,7 @@ class Preview:
         self.path, self.processor, self.sizes, self.next = path, processor, sizes, 0.0
 
     def update(self, drawn):
-        """drawn: int64 [pictures, positions], as generate_images tells it."""
+        """drawn: int64 [pictures, positions], as generate_images gives it."""
         from PIL import Image
 
         started = time.monotonic()
@@ -114,7 +114,7 @@ class Preview:
 
 
 def side_by_side(original, picture):
-    """(picture of both under a line that tells the PSNR, the PSNR in dB)"""
+    """(picture of both under a line with the PSNR, the PSNR in dB)"""
     from PIL import Image, ImageDraw, ImageFont
 
     from paddlemix.processors.image_processing_emu3 import psnr

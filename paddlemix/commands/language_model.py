@@ -4,6 +4,12 @@
 from paddlemix.utils import InputError
 
 from .console import note
+from .files import ROOT
+from .needs import step_parameters
+
+# Without the compiled operators Paddle computes in float32 on a CPU. A model that reads less for a token is quick
+# enough without them, and no note is due.
+SLOW_BYTES = 100e6
 
 
 def add_dtype(parser):
@@ -23,26 +29,31 @@ def add_model_paths(parser, default):
     )
 
 
-def usable_dtype(dtype, quantized):
+def usable_dtype(dtype, config):
     """`dtype`; where none is given that of a quantized checkpoint, or bfloat16. A CPU takes float32 for float16."""
     import paddle
 
     from paddlemix.external_ops import operators
 
-    dtype, on_cpu = dtype or quantized or "bfloat16", paddle.get_device() == "cpu"
+    dtype, on_cpu = dtype or config.quantized_dtype or "bfloat16", paddle.get_device() == "cpu"
     if on_cpu and dtype == "float16":
         note("there is no float16 linear layer for a CPU: going on in float32")
         dtype = "float32"
-    if on_cpu and operators() is None:
+    if on_cpu and operators() is None and 4 * step_parameters(config) > SLOW_BYTES:
         other = "" if dtype == "float32" else ", or take --dtype=float32"
-        note(f"{dtype} is slow on a CPU without the compiled operators: run `make ops`{other}")
+        note(f"{dtype} is slow on a CPU without the compiled operators: run `{build_command()}`{other}")
     return dtype
+
+
+def build_command():
+    """The command that compiles the operators: only a checkout has a Makefile."""
+    return "make ops" if (ROOT / "Makefile").is_file() else "python -m paddlemix.external_ops.build"
 
 
 def load_language_model(args, tokenizer):
     from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM
 
-    dtype = usable_dtype(args.dtype, Emu3Config.from_pretrained(args.model_path).quantized_dtype)
+    dtype = usable_dtype(args.dtype, Emu3Config.from_pretrained(args.model_path))
     model = Emu3ForCausalLM.from_pretrained(args.model_path, dtype=dtype)
     if model.config.vocab_size < len(tokenizer):
         raise InputError(

@@ -1,15 +1,15 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Answer questions about pictures."""
+"""Image question answering: answer questions about pictures."""
 
 import sys
 
-from .console import Loading, Stopwatch, make_parser, note
+from .console import Loading, Stopwatch, add_texts, integer, make_parser, note
 from .files import load_pictures, write_stats
 from .language_model import add_dtype, add_model_paths, load_language_model
 
 
-def parser():
-    parser = make_parser(__doc__, writes_pictures=False)
+def parser(prog=None):
+    parser = make_parser(__doc__, prog, writes_pictures=False)
     add_model_paths(parser, "BAAI/Emu3-Chat")
     parser.add_argument(
         "--image_path",
@@ -17,11 +17,11 @@ def parser():
         default=["paddlemix/demo_images/emu3_demo.png"],
         help="one or more, answered together",
     )
+    add_texts(
+        parser, "question", ["Please describe the image"], "one for all pictures or one each", prog is not None
+    )  # fmt: skip
     parser.add_argument(
-        "--question", nargs="+", default=["Please describe the image"], help="one for all pictures or one each"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=int, help="the longest answer (default: 1024, or what the model has positions for)"
+        "--max_new_tokens", type=integer, help="the longest answer (default: 1024, or what the model has positions for)"
     )
     parser.add_argument(
         "--chat_template", help="with {image_prompt} and {text_prompt} (default: Emu3-Chat's; Emu3-Stage1's is "

@@ -17,8 +17,8 @@ SUFFIX = ".tokens.npz"
 
 
 class Unfinished:
-    """`with Unfinished(...) as unfinished:` around a drawing; Ctrl-C then tells how to go on, and so does a file
-    after a kill.
+    """`with Unfinished(...) as unfinished:` around a drawing; after Ctrl-C a line names the way to resume it,
+    and after a kill the file is there.
 
     Args:
         args: of the command, with output_dir and resume.
@@ -111,7 +111,7 @@ def _differences(saved, asked):
 
 
 def fingerprint(model):
-    """A number that tells a model's weights from others': of the first row of each."""
+    """A number of a model's weights, of the first row of each, that differs from another model's."""
     value = 0
     for weight in model.parameters():
         value = zlib.crc32(weight[0].numpy().tobytes(), value)

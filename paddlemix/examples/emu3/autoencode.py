@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Encode an image or a video's frames to codes, and decode them. See paddlemix/commands/autoencode.py."""
+"""Reconstruct an image, or a video's frames. See paddlemix/commands/autoencode.py."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Draw pictures from prompts. See paddlemix/commands/generate.py."""
+"""Text-to-image. See paddlemix/commands/generate.py."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Answer questions about pictures. See paddlemix/commands/understand.py."""
+"""Image question answering. See paddlemix/commands/understand.py."""
 
 import sys
 from pathlib import Path

@@ -1,0 +1,72 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""How many bytes a checkpoint takes, worked out from its config.json: nothing is loaded."""
+
+import math
+
+from paddlemix.models.emu3.configuration_emu3 import QUANTIZATIONS
+
+PROMPT = 64  # tokens, about what a prompt takes
+
+
+def linear_shapes(config):
+    """[out, in] of every linear layer of the language model, its head last."""
+    hidden, middle, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    layer = [(heads, hidden), (kv_heads, hidden), (kv_heads, hidden), (hidden, heads)]
+    layer += [(middle, hidden), (middle, hidden), (hidden, middle)]
+    return [*layer * config.num_hidden_layers, (config.vocab_size, hidden)]
+
+
+def parameters(config):
+    """Of the language model; a head that is the embedding counts once."""
+    linear, other = _parts(config)
+    return linear + other
+
+
+def step_parameters(config):
+    """What one new token reads of the language model: its linear layers."""
+    return sum(math.prod(shape) for shape in linear_shapes(config))
+
+
+def weight_bytes(config, dtype):
+    """Of the language model in memory, loaded in a dtype."""
+    linear, other = _parts(config)
+    if dtype not in ("int8", "int4"):
+        return (linear + other) * (4 if dtype == "float32" else 2)
+    quantized = 0
+    for outputs, inputs in linear_shapes(config):
+        group = QUANTIZATIONS["int4"]["group_size"]  # inputs that share a scale
+        quantized += outputs * (inputs + 4 if dtype == "int8" else math.ceil(inputs / group) * (group // 2 + 4))
+    return quantized + other * 2  # the embedding stays in 16 bits; the norms are little
+
+
+def cache_bytes(config, dtype, rows, tokens):
+    """Keys and values of so many rows of tokens."""
+    itemsize = 4 if dtype == "float32" else 2
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * rows * tokens * itemsize
+
+
+def picture_tokens(config, factor=8):
+    """(side in pixels, tokens with a prompt) of the picture that the checkpoint draws by itself."""
+    side = math.isqrt(config.image_area) // factor
+    return side * factor, PROMPT + side * (side + 1) + 3
+
+
+def vision_bytes(config, pixels):
+    """(weights, features while a picture is decoded) of the vision tokenizer in float32."""
+    import paddle
+
+    from paddlemix.models.emu3 import Emu3VisionVQModel
+
+    with paddle.LazyGuard():  # no weight is made
+        model = Emu3VisionVQModel(config)
+    weights = sum(4 * math.prod(tensor.shape) for tensor in model.state_dict().values())
+    return weights, 7 * 4 * pixels * config.ch  # as Emu3VisionVQModel asks for on a CPU
+
+
+def _parts(config):
+    linear = step_parameters(config)
+    embedding = config.vocab_size * config.hidden_size
+    if config.tie_word_embeddings:
+        linear -= embedding
+    return linear, embedding + (2 * config.num_hidden_layers + 1) * config.hidden_size
