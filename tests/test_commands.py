@@ -179,18 +179,18 @@ def test_drawings_in_one_folder_keep_their_own_tokens(tmp_path, capsys):
     from paddlemix.commands.unfinished import Unfinished
 
     def unfinished(prompt, resume=False):
-        return Unfinished(argparse.Namespace(output_dir=str(tmp_path), resume=resume), {"prompt": prompt})
+        return Unfinished(argparse.Namespace(output_dir=str(tmp_path), resume=resume), {"prompt": [prompt]})
 
     first, second, gone = unfinished("a"), unfinished("b"), unfinished("c")
-    first.save(np.array([[1]]))
-    second.save(np.array([[2]]))
-    assert unfinished("a", resume=True).drawn == 1 and unfinished("b", resume=True).drawn == 2
+    first.save([np.array([1])])
+    second.save([np.array([2])])
+    assert unfinished("a", resume=True).drawn == [1] and unfinished("b", resume=True).drawn == [2]
     first.finish()
     assert [p.name for p in tmp_path.iterdir()] == ["result_1.tokens.npz"]
     assert capsys.readouterr().err == ""
     gone.folder = tmp_path / "gone"
     for _ in range(2):
-        gone.save(np.array([[3]]))
+        gone.save([np.array([3])])
     gone.finish()
     assert gone.drawn is None and capsys.readouterr().err.count("drawing on") == 1
 
@@ -296,21 +296,15 @@ def test_preview(command, folder, monkeypatch):
         assert (np.asarray(Image.open(folder / f"result_{i}.png")) == part).all()
 
     from paddlemix.commands.files import Preview
-    from paddlemix.models.emu3 import ImageGrammar
 
-    class Processor:
-        vision_tokenizer = type("", (), {"spatial_scale_factor": 8})
-        grammar = ImageGrammar(0, 1, 2, 3, 4, 5, 6, first_visual=10, codebook_size=256)
-
-        def decode_image(self, codes):
-            return Image.fromarray(np.kron(codes, np.ones([8, 8])).astype("uint8")).convert("RGB")
-
-    preview = Preview(folder / "p.png", Processor(), [(3, 2), (1, 1)])
-    preview.update(np.array([[210, 211, 3, 212, 213], [214, 3, 4, 2, 5]]))
-    codes = np.array([[200, 201, 204], [202, 203, 255], [128, 128, 255]])  # grey is not drawn yet, white is nothing
-    assert (np.asarray(Image.open(folder / "p.png"))[::8, ::8, 0] == codes).all()
+    shown = [Image.new("RGB", (16, 24), "red"), Image.new("RGB", (8, 8), "grey")]
+    generation = type("", (), {"images": lambda self: shown})()
+    preview = Preview(folder / "p.png")
+    preview.update(generation)
+    colours = np.asarray(Image.open(folder / "p.png"))[::8, ::8, 1]
+    assert (colours == [[0, 0, 128], [0, 0, 255], [0, 0, 255]]).all()
     before = (folder / "p.png").stat().st_mtime_ns
-    preview.update(np.array([[210, 211, 3, 212], [214, 3, 4, 2]]))  # too soon
+    preview.update(generation)  # too soon
     assert (folder / "p.png").stat().st_mtime_ns == before
 
 
@@ -438,25 +432,25 @@ def test_chat_template(command, folder):
     assert code == 0 and stage1 != plain
 
 
-def test_answers_stream_whole_characters(capsys):
+def test_answers_stream_in_their_order(capsys):
+    """The second waits for the first to end."""
     from paddlemix.commands.understand import show
 
-    class Tokenizer:
-        def decode(self, ids, skip_special_tokens):
-            return bytes(ids).decode("utf-8", "replace")
-
     printed = []
-    rows = ["é x".encode(), b"ok"]
 
-    def steps():
-        for i in range(5):
-            printed.append(capsys.readouterr().out)
-            yield [row[i] if i < len(row) else None for row in rows]
+    class Answers:
+        ended = [False, False]
 
-    answers, passes = show(Tokenizer(), steps(), ["A\n", "B\n"])
+        def __iter__(self):
+            for texts, self.ended in [
+                (["", "o"], [False, False]), (["é", "k"], [False, True]), ([" x", ""], [True, True]),
+            ]:  # fmt: skip
+                printed.append(capsys.readouterr().out)
+                yield texts
+
+    show(Answers(), ["A\n", "B\n"])
     printed.append(capsys.readouterr().out)
-    assert printed == ["A\n", "", "é", " ", "x", "\nB\nok\n"]
-    assert [bytes(a) for a in answers] == rows and passes == 5
+    assert printed == ["A\n", "", "é", " x\nB\nok\n"]
 
 
 # --- bad input: one line, exit code 2, nothing written

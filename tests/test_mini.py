@@ -155,8 +155,8 @@ def test_codes_are_those_of_pytorch(mini, torchs):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_drawings_are_those_of_pytorch(mini, torchs, scale):
-    from paddlemix.models.emu3 import generate_images
-    from paddlemix.models.emu3.generation_emu3 import NEGATIVE_PROMPT, Sampling
+    from paddlemix.models.emu3 import Sampling, generate_images
+    from paddlemix.processors.emu3_processing import NEGATIVE_PROMPT
 
     model, processor = mini
     expected = [d for d in torchs["drawings"] if d["guidance_scale"] == scale]
@@ -191,7 +191,7 @@ def test_it_is_small_and_whole():
     assert sum(names.values()) <= 32 << 20
     assert names.keys() == {
         "README.md", "language_model/config.json", "language_model/emu3.tiktoken",
-        "language_model/emu3_vision_tokens.txt", "language_model/model.safetensors",
+        "language_model/emu3_vision_tokens.txt", "language_model/generation_config.json", "language_model/model.safetensors",
         "language_model/tokenizer_config.json", "vision_tokenizer/config.json", "vision_tokenizer/model.safetensors",
         "vision_tokenizer/preprocessor_config.json",
     }  # fmt: skip

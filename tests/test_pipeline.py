@@ -96,6 +96,21 @@ def test_answers_step_by_step(emu3, picture):
     assert emu3.understand(picture, questions[1], max_new_tokens=3) == joined[1][: len("a large red")]
 
 
+def test_answers_hold_whole_characters(emu3, picture, monkeypatch):
+    """A character of several bytes comes when its last byte is there, and a text cut off in one at the end."""
+    rows = ["é x".encode(), "é".encode()[:1]]
+    monkeypatch.setattr(
+        emu3.processor.tokenizer, "decode", lambda ids, skip_special_tokens: bytes(ids).decode("utf-8", "replace")
+    )
+    answers = emu3.understand_steps(picture, ["a", "b"], max_new_tokens=4)
+    texts = []
+    for i in range(4):
+        for answer, row in zip(answers.answers, rows, strict=True):
+            answer.ids, answer.ended = list(row[: i + 1]), len(row) <= i + 1
+        texts.append([answers._new_text(k) for k in range(2)])
+    assert texts == [["", "\ufffd"], ["é", ""], [" ", ""], ["x", ""]]
+
+
 def test_answers_by_chance(emu3, picture):
     question = "Please describe the image"
     draws = []

@@ -72,62 +72,53 @@ def save_picture(image, path, text=None):
 
 
 class Preview:
-    """Rewrites a file with the pictures so far, side by side, grey where nothing is drawn yet.
+    """Writes a file again and again with the pictures so far, grey where nothing is drawn yet.
 
-    It takes a tenth of the time at most: where decoding is slow, some rows pass without.
+    It takes a tenth of the time at most: where decoding is slow, some rows go by without.
     """
 
-    def __init__(self, path, processor, sizes):
-        self.path, self.processor, self.sizes, self.next = path, processor, sizes, 0.0
+    def __init__(self, path):
+        self.path, self.next = path, 0.0
 
-    def update(self, drawn):
-        """drawn: int64 [pictures, positions], as generate_images gives it."""
-        from PIL import Image
-
+    def update(self, generation):
+        """generation: the pipeline's Generation."""
         started = time.monotonic()
         if started < self.next:
             return
         self.next = float("inf")  # whoever interrupts this one wants no other
-        factor, grammar, pictures = self.processor.vision_tokenizer.spatial_scale_factor, self.processor.grammar, []
-        for ids, (h, w) in zip(drawn, self.sizes, strict=True):
-            pictures.append(Image.new("RGB", (w * factor, h * factor), "grey"))
-            rows = grammar.whole_rows(ids, h, w)
-            if len(rows):
-                pictures[-1].paste(self.processor.decode_image(rows), (0, 0))
         try:
-            self.show(pictures)
+            save_picture(next_to_each_other(generation.images()), self.path)
         except InputError:
             note(f"cannot write {self.path}: drawing on without a preview")
             return
         now = time.monotonic()
         self.next = now + 9 * (now - started)
 
-    def show(self, pictures):
-        from PIL import Image
 
-        both = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
-        left = 0
-        for picture in pictures:
-            both.paste(picture, (left, 0))
-            left += picture.width
-        save_picture(both, self.path)
+def next_to_each_other(images):
+    """One PIL picture of several."""
+    from PIL import Image
+
+    both = Image.new("RGB", (sum(p.width for p in images), max(p.height for p in images)), "white")
+    left = 0
+    for image in images:
+        both.paste(image, (left, 0))
+        left += image.width
+    return both
 
 
-def side_by_side(original, picture):
-    """(picture of both under a line with the PSNR, the PSNR in dB)"""
+def side_by_side(reconstruction):
+    """A picture of the pipeline's Reconstruction beside its original, under a line with the PSNR."""
     from PIL import Image, ImageDraw, ImageFont
 
-    from paddlemix.processors.image_processing_emu3 import psnr
-
-    ratio = psnr(original, picture)
-    width, height, line = picture.width, picture.height, 24
+    width, height, line = reconstruction.image.width, reconstruction.image.height, 24
     both = Image.new("RGB", (2 * width + 8, height + line), "white")
-    both.paste(original, (0, line))
-    both.paste(picture, (width + 8, line))
+    both.paste(reconstruction.original, (0, line))
+    both.paste(reconstruction.image, (width + 8, line))
     draw, font = ImageDraw.Draw(both), ImageFont.load_default(14)
     draw.text((4, 3), "original", fill="black", font=font)
-    draw.text((width + 12, 3), f"reconstruction, PSNR {ratio:.2f} dB", fill="black", font=font)
-    return both, ratio
+    draw.text((width + 12, 3), f"reconstruction, PSNR {reconstruction.psnr:.2f} dB", fill="black", font=font)
+    return both
 
 
 def write_stats(args, **stats):

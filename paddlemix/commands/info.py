@@ -10,7 +10,6 @@ from paddlemix.machine import available_cores, free_memory
 from paddlemix.paddle_private import num_threads
 
 from .console import DEVICE_HELP, bare_parser, say
-from .language_model import build_command
 from .needs import cache_bytes, parameters, picture_tokens, vision_bytes, weight_bytes
 
 
@@ -66,13 +65,9 @@ def machine():
 def compiled_operators():
     from paddlemix import external_ops
 
-    if hasattr(external_ops, "status"):
-        module, reason = external_ops.status()
-    else:
-        module, reason = external_ops.operators(), None
-    vectors = external_ops.vectors() if module and hasattr(external_ops, "vectors") else None
-    build = None if module else build_command()
-    return {"compiled": module is not None, "reason": reason, "vectors": vectors, "build": build}
+    module, reason = external_ops.status()
+    build = None if module else external_ops.build_command()
+    return {"compiled": module is not None, "reason": reason, "vectors": external_ops.vectors(), "build": build}
 
 
 def cpu_name():

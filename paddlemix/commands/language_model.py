@@ -1,10 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The language model of a command: the arguments that name it, its dtype, loading it."""
-
-from paddlemix.utils import InputError
+"""The language model of a command: the arguments that name it, and the pipeline that they make."""
 
 from .console import note
-from .files import ROOT
 from .needs import step_parameters
 
 # Without the compiled operators Paddle computes in float32 on a CPU. A model that reads less for a token is quick
@@ -29,35 +26,19 @@ def add_model_paths(parser, default):
     )
 
 
-def usable_dtype(dtype, config):
-    """`dtype`; where none is given that of a quantized checkpoint, or bfloat16. A CPU takes float32 for float16."""
+def make_pipeline(args, chat_template=None):
+    """The Emu3Pipeline of a command's arguments, and the notes that its dtype deserves. No weights are read yet."""
     import paddle
 
-    from paddlemix.external_ops import operators
+    from paddlemix.external_ops import build_command, operators
+    from paddlemix.pipelines import Emu3Pipeline
 
-    dtype, on_cpu = dtype or config.quantized_dtype or "bfloat16", paddle.get_device() == "cpu"
-    if on_cpu and dtype == "float16":
+    options = {} if chat_template is None else {"chat_template": chat_template}
+    emu3 = Emu3Pipeline(args.model_path, args.vq_model_path, args.dtype, progress=True, **options)
+    on_cpu, config = paddle.get_device() == "cpu", emu3.config
+    if on_cpu and args.dtype == "float16":
         note("there is no float16 linear layer for a CPU: going on in float32")
-        dtype = "float32"
     if on_cpu and operators() is None and 4 * step_parameters(config) > SLOW_BYTES:
-        other = "" if dtype == "float32" else ", or take --dtype=float32"
-        note(f"{dtype} is slow on a CPU without the compiled operators: run `{build_command()}`{other}")
-    return dtype
-
-
-def build_command():
-    """The command that compiles the operators: only a checkout has a Makefile."""
-    return "make ops" if (ROOT / "Makefile").is_file() else "python -m paddlemix.external_ops.build"
-
-
-def load_language_model(args, tokenizer):
-    from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM
-
-    dtype = usable_dtype(args.dtype, Emu3Config.from_pretrained(args.model_path))
-    model = Emu3ForCausalLM.from_pretrained(args.model_path, dtype=dtype)
-    if model.config.vocab_size < len(tokenizer):
-        raise InputError(
-            f"{args.model_path} has {len(tokenizer)} tokens and a model of {model.config.vocab_size}: "
-            "the tokenizer's files are another checkpoint's"
-        )
-    return model
+        other = "" if emu3.dtype == "float32" else ", or take --dtype=float32"
+        note(f"{emu3.dtype} is slow on a CPU without the compiled operators: run `{build_command()}`{other}")
+    return emu3

@@ -5,7 +5,7 @@ import sys
 
 from .console import Loading, Stopwatch, add_texts, integer, make_parser, note
 from .files import load_pictures, write_stats
-from .language_model import add_dtype, add_model_paths, load_language_model
+from .language_model import add_dtype, add_model_paths, make_pipeline
 
 
 def parser(prog=None):
@@ -32,35 +32,22 @@ def parser(prog=None):
 
 
 def main(args):
-    from paddlemix.models.emu3 import generate_text
-    from paddlemix.processors import Emu3Processor
-    from paddlemix.processors.emu3_processing import CHAT_TEMPLATE, check_chat_template
-
     pictures, questions = pairs(args)
-    template = args.chat_template or CHAT_TEMPLATE
-    check_chat_template(template)
     with Loading() as load:
-        processor = Emu3Processor.from_pretrained(args.model_path, args.vq_model_path, chat_template=template)
-        images = load_pictures(pictures, processor.image_processor)
-        model = load_language_model(args, processor.tokenizer)
-    with Stopwatch() as encode:
-        prompts = processor(questions, images, mode="U")["input_ids"]
-    length, limit = max(map(len, prompts)), model.config.max_position_embeddings
-    if args.max_new_tokens is None:
-        args.max_new_tokens = min(1024, max(1, limit - length))
-    length += args.max_new_tokens
-    if length > limit:
-        note(f"prompt and answer take up to {length} tokens, the model has {limit} positions: lower --max_new_tokens")
+        emu3 = make_pipeline(args, args.chat_template)
+        images = load_pictures(pictures, emu3.image_processor)
+        emu3.load()
+    answers = emu3.understand_steps(images, questions, max_new_tokens=args.max_new_tokens)
+    for text in answers.notes:
+        note(text)
     titles = [f"{path}: {question}\n" for path, question in zip(pictures, questions, strict=True)]
     with Stopwatch() as watch:
-        steps = generate_text(model, prompts, args.max_new_tokens)
-        answers, passes = show(processor.tokenizer, steps, titles if len(titles) > 1 else [""])
-    tokens = sum(map(len, answers))
-    rate = tokens / watch.seconds
-    print(f"{tokens} tokens in {watch.seconds:.1f} s, {rate:.1f} a second", file=sys.stderr)
+        show(answers, titles if len(titles) > 1 else [""])
+    rate = answers.tokens / watch.seconds
+    print(f"{answers.tokens} tokens in {watch.seconds:.1f} s, {rate:.1f} a second", file=sys.stderr)
     write_stats(
-        args, tokens=tokens, seconds=watch.seconds, tokens_per_s=rate, forward_passes=passes,
-        load_s=load.seconds, encode_s=encode.seconds,
+        args, tokens=answers.tokens, seconds=watch.seconds, tokens_per_s=rate, forward_passes=answers.forward_passes,
+        load_s=load.seconds, encode_s=answers.encode_s,
     )  # fmt: skip
 
 
@@ -77,27 +64,16 @@ def pairs(args):
     return pictures * (count // len(pictures)), questions * (count // len(questions))
 
 
-def show(tokenizer, steps, titles):
-    """Print answers as they come, the first row at once, each next one when those before it have ended.
-
-    Returns (ids of each answer, number of steps).
-    """
-    answers, row, shown, passes = [[] for _ in titles], 0, 0, 0
+def show(answers, titles):
+    """Print an Understanding's texts as they come: the first at once, each next one when those before it have ended."""
+    row, waiting = 0, [""] * len(titles)
     print(titles[0], end="", flush=True)
-    for new in steps:
-        passes += 1
-        for ids, token in zip(answers, new, strict=True):
-            ids += [] if token is None else [token]
+    for texts in answers:
+        waiting = [old + new for old, new in zip(waiting, texts, strict=True)]
         while row < len(titles):
-            text = tokenizer.decode(answers[row], skip_special_tokens=True)
-            whole = text if new[row] is None else text.rstrip("\ufffd")  # a character's other bytes may come yet
-            print(whole[shown:], end="", flush=True)
-            shown = len(whole)
-            if new[row] is not None:
+            print(waiting[row], end="", flush=True)
+            waiting[row] = ""
+            if not answers.ended[row]:
                 break
-            row, shown = row + 1, 0
+            row += 1
             print("\n" + (titles[row] if row < len(titles) else ""), end="", flush=True)
-    for i in range(row, len(titles)):  # cut off by --max_new_tokens
-        text = tokenizer.decode(answers[i], skip_special_tokens=True)
-        print((titles[i] if i > row else "") + text[shown if i == row else 0 :], flush=True)
-    return answers, passes

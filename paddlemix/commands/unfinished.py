@@ -24,7 +24,7 @@ class Unfinished:
         args: of the command, with output_dir and resume.
         settings: what decides which tokens are drawn, as JSON has it; a seed of None is any seed.
 
-    `settings` and `drawn` (int64 [pictures, positions], None at the start) are then what to go on with.
+    `settings` and `drawn` (of each picture int64 [positions], None at the start) are then what to go on with.
     """
 
     def __init__(self, args, settings):
@@ -49,10 +49,12 @@ class Unfinished:
         raise InputError(f"{files[0]} is of another drawing: {differences}; repeat its command, or leave out --resume")
 
     def save(self, drawn):
+        """drawn: the tokens of each picture so far, int64 [positions]."""
         import numpy as np
 
         file = io.BytesIO()
-        np.savez_compressed(file, drawn=drawn, settings=json.dumps(self.settings))
+        tokens = {f"drawn_{i}": row for i, row in enumerate(drawn)}
+        np.savez_compressed(file, settings=json.dumps(self.settings), **tokens)
         try:
             self.path = self.path or self._claim()
             write_atomically(self.path, file.getvalue())
@@ -100,8 +102,9 @@ def _read(path):
 
     try:
         with np.load(path) as file:
-            return json.loads(str(file["settings"])), file["drawn"]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            settings = json.loads(str(file["settings"]))
+            return settings, [file[f"drawn_{i}"] for i in range(len(settings["prompt"]))]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         raise InputError(f"{path} is damaged: remove it, or leave out --resume") from None
 
 

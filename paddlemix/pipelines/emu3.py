@@ -9,7 +9,7 @@ from functools import cached_property
 from math import gcd, isqrt
 
 from paddlemix import machine
-from paddlemix.models.emu3.configuration_emu3 import Emu3Config
+from paddlemix.models.emu3.configuration_emu3 import Emu3Config, Emu3VisionVQConfig
 from paddlemix.models.emu3.hub import fetch, matching_vision_tokenizer
 from paddlemix.processors.emu3_processing import (
     CHAT_TEMPLATE,
@@ -115,6 +115,10 @@ class Emu3Pipeline:
         from paddlemix.models.emu3 import Emu3ForCausalLM
 
         return Emu3ForCausalLM.from_pretrained(self.model_path, dtype=self.dtype, progress=self.progress)
+
+    def load(self):
+        """Read all the weights now, not when they are first needed."""
+        _ = self.processor, self.model
 
     # --- text to image
 
@@ -254,7 +258,7 @@ class Emu3Pipeline:
         return images if video is not None or isinstance(image, (list, tuple)) else images[0]
 
     def autoencode_steps(self, image=None, *, video=None):
-        """Yields a Reconstruction for each picture or frame. Arguments as `autoencode` takes them."""
+        """An iterator over the Reconstruction of each picture or frame. Arguments as `autoencode` takes them."""
         if (image is None) == (video is None):
             raise InputError("give image or video, one of the two")
         if video is not None:
@@ -262,15 +266,14 @@ class Emu3Pipeline:
         else:
             images = list(image) if isinstance(image, (list, tuple)) else [image]
             clips = (self.image_processor(one)["pixel_values"] for one in images)
-        for pixels in clips:
-            yield from self._reconstruct(pixels)
+        return (step for pixels in clips for step in self._reconstruct(pixels))
 
     def _clips(self, frames):
         """Frames -> arrays [1, T, 3, H, W], each coded by itself as in the original."""
         sizes = sorted({f"{frame.width}x{frame.height}" for frame in frames})
         if len(sizes) > 1:
             raise InputError(f"the video has frames of different sizes, {', '.join(sizes[:4])}: give one size")
-        factor = self.vision_tokenizer.config.temporal_downsample_factor
+        factor = Emu3VisionVQConfig.from_pretrained(self.vq_model_path).temporal_downsample_factor
         if not frames or len(frames) % factor:
             raise InputError(
                 f"the video has {len(frames)} frames and the model takes multiples of {factor}: "
@@ -348,6 +351,10 @@ class Generation:
             drawn,
         )  # fmt: skip
 
+    def load(self):
+        """Read the weights now, not when the first step needs them."""
+        self.pipeline.load()
+
     @property
     def settings(self):
         """What decides the pictures, as JSON has it, but for the checkpoint."""
@@ -368,6 +375,11 @@ class Generation:
     @property
     def tokens(self):
         return sum(drawing.tokens for drawing in self.drawings)
+
+    @property
+    def gained(self):
+        """Tokens that are drawn up to now."""
+        return sum(drawing.gained for drawing in self.drawings)
 
     def drawn(self):
         """The tokens of each picture up to now: a list of int64 [positions], as `resume` takes them."""
@@ -431,7 +443,7 @@ class Understanding:
         from paddlemix.models.emu3.decoding import Answer
 
         self.pipeline, self.notes, self.forward_passes = pipeline, [], 0
-        pipeline.processor, pipeline.model  # noqa: B018  loaded before the clock starts
+        pipeline.load()  # before the clock starts
         start = time.perf_counter()
         prompts = pipeline.processor(questions, images, mode="U")["input_ids"]
         self.encode_s = time.perf_counter() - start

@@ -52,8 +52,8 @@ def compare(scene, read):
 
 def measure_drawings(model, processor, scenes, guidance, sampling, seed):
     """`compare` for a drawing of each scene's caption, in English or Chinese, long or short."""
-    from paddlemix.models.emu3 import generate_images
-    from paddlemix.models.emu3.generation_emu3 import NEGATIVE_PROMPT, POSITIVE_PROMPT, Sampling
+    from paddlemix.models.emu3 import Sampling, generate_images
+    from paddlemix.processors.emu3_processing import NEGATIVE_PROMPT, POSITIVE_PROMPT
 
     rng, results = np.random.default_rng(seed), []
     for start, part in batches(scenes, f"drawing, guidance {guidance:g}"):

@@ -24,6 +24,7 @@ from paddlemix.processors import Emu3VisionVQImageProcessor
 
 TARGET = ROOT / "paddlemix" / "demo_models" / "emu3_mini"
 GOLDEN = ROOT / "tests" / "golden" / "emu3_mini.json"
+DRAWING = {"guidance_scale": 1.5, "temperature": 0.5}  # what draws best, for generation_config.json
 DRAWINGS = (  # prompts and sizes in codes
     ("a large red circle on a white background.", (8, 8)), ("a blue square left of a green triangle.", (7, 9)),
     ("a small purple cross above an orange diamond on a black background", (9, 7)), ("一个黄色圆环。", (8, 8)),
@@ -66,6 +67,7 @@ def write_language(checkpoint, vocabulary, directory):
         tie_word_embeddings=False, image_area=64 * 64, initializer_range=0.02, use_cache=True,
     )  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (directory / "generation_config.json").write_text(json.dumps(DRAWING, indent=2) + "\n")
     save_file(in_float16(checkpoint["model"]), directory / "model.safetensors", {"format": "pt"})
 
 

@@ -20,7 +20,7 @@ from world import CHINESE, caption, questions, random_scene
 
 from paddlemix.models.emu3.tokenization_emu3 import PIECES, Emu3Tokenizer
 
-# as in generation_emu3.py and emu3_processing.py, whose import takes Paddle
+# as in emu3_processing.py, whose import takes Paddle
 POSITIVE_PROMPT = " masterpiece, film grained, best quality."
 NEGATIVE_PROMPT = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "

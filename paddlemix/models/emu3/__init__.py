@@ -14,6 +14,10 @@ _HOME = {
     "Emu3ForCausalLM": "modeling_emu3",
     "Emu3Tokenizer": "tokenization_emu3",
     "ImageGrammar": "image_grammar",
+    "Sampling": "sampling",
+    "Drawing": "decoding",
+    "Answer": "decoding",
+    "Batch": "decoding",
     "generate_images": "generation_emu3",
     "generate_text": "generation_emu3",
 }

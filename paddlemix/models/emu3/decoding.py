@@ -93,6 +93,11 @@ class Drawing:
         """Rows of the picture that are drawn."""
         return self.size[0] if self.is_done else self.known // (self.size[1] + 1)  # a row's end is known with its last
 
+    @property
+    def gained(self):
+        """Tokens of the picture up to now."""
+        return self.tokens if self.is_done else self.known - 1
+
     def drawn(self):
         """The tokens up to now, int64 [positions]."""
         return self.ids[1 : len(self.ids) if self.is_done else self.known].copy()
@@ -136,7 +141,7 @@ class Drawing:
         if not len(picked):
             self.cached += read
             return 0
-        start, before = self._next(), self._gained()
+        start, before = self._next(), self.gained
         span = slice(start, start + len(picked))
         sampled, picked = picked, np.where(self.forced[span] < 0, picked, self.forced[span])
         # a token counts where all the guesses before it were right
@@ -146,15 +151,12 @@ class Drawing:
             new = slice(span.stop, span.stop + right + 1)
             self.ids[new] = np.where(self.forced[new] < 0, sampled[-1], self.forced[new])
         self.known, self.cached = start + right, start + right - 1
-        return self._gained() - before
+        return self.gained - before
 
     def _next(self):
         """The place of the next token to draw; the number of ids where there is none."""
         is_open = self.forced[self.known :] < 0
         return self.known + int(is_open.argmax()) if is_open.any() else len(self.ids)
-
-    def _gained(self):
-        return self.tokens if self.is_done else self.known - 1
 
     def _check_drawn(self, drawn):
         """The number of positions in `drawn`; InputError where they are not this picture's."""
