@@ -14,6 +14,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  makes numpy know bfloat16
 import numpy as np
 
 VISION_CONFIG = {
@@ -92,8 +93,6 @@ def random_tensor(name, dtype, shape, seed=0):
 
     With smaller weights greedy decoding would repeat its last token, and equal tokens would show little.
     """
-    import ml_dtypes  # noqa: F401  makes numpy know bfloat16
-
     if dtype == "int64":
         return np.ones(shape, np.int64)
     rng = np.random.default_rng(zlib.crc32(name.encode(), seed))
