@@ -17,10 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools/mini")]
-
+from measure import HERE, ROOT
 from page import Page
 from summary import opening
 

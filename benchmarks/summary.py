@@ -47,7 +47,8 @@ Written by `benchmarks/bench.py`; `benchmarks/bench.py --help` explains how to r
 TEXT = """
 Each row compares like with like: the same work and the same number type, but for the rows that compare our own number
 types. The ratio is the other's number divided by ours: above 1, ours is faster or smaller. transformers has the same
-random weights, cores and threads, and its results were checked to be equal. Every measurement is a process of its own.
+random weights, cores and threads; in float32 its results were checked to be equal. Every measurement is a process of
+its own.
 The rows are taken from the tables below; [Machines](#machines) has the commit and the whole of each machine.
 """
 
