@@ -9,7 +9,7 @@ PROMPT, NEGATIVE_PROMPT = 24, 64  # text tokens; about what a short prompt and t
 
 
 def vision_operations(config, pixels):
-    """Multiplications and additions of one frame of pixels x pixels, {"encode", "decode"}, from the config alone.
+    """Multiplications and additions of one frame of pixels x pixels, {"encode", "decode"}, from the config.
 
     Convolutions and attention as the architecture has them. Left out as less than a hundredth: the temporal layers
     of 4 channels, the spatial norms' 1x1 convolutions and the search in the codebook.

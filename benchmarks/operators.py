@@ -32,6 +32,7 @@ SMALL = SimpleNamespace(
 FEW_ROWS = (1, 2, 4, 8, 16)
 KINDS = ("float32", "bfloat16", "int8", "int4")
 NEW_TOKENS, BATCH = (1, 16), 2
+CACHE_BLOCK = 1024  # the capacity of a cache is a multiple of it
 CHECKED = 16  # rows of a product that are compared
 LARGEST_ERROR = 1e-5  # of the largest result
 
@@ -189,19 +190,18 @@ def attention(side, sizes):
     import paddle
 
     from paddlemix.external_ops.cached_attention import cached_attention
-    from paddlemix.models.emu3.cache import CACHE_BLOCK
 
     rng = np.random.default_rng(0)
     for kind, cached in itertools.product(("float32", "bfloat16"), sizes.cached):
-        room = math.ceil((cached + max(NEW_TOKENS)) / CACHE_BLOCK) * CACHE_BLOCK
-        shape = [BATCH, sizes.kv_heads, room, sizes.dim]
+        capacity = math.ceil((cached + max(NEW_TOKENS)) / CACHE_BLOCK) * CACHE_BLOCK
+        shape = [BATCH, sizes.kv_heads, capacity, sizes.dim]
         cache = [paddle.to_tensor(rng.standard_normal(shape, dtype=np.float32)).astype(kind) for _ in "kv"]
         if side == "paddle":  # in the layout that its function takes
             cache = [x.transpose([0, 2, 1, 3]).contiguous() for x in cache]
         turns = copies(sizes, cache)
         for new in NEW_TOKENS:
             query = paddle.to_tensor(rng.standard_normal([BATCH, new, sizes.heads, sizes.dim], dtype=np.float32))
-            values = {"bytes": size_of(cache) * (cached + new) // room}
+            values = {"bytes": size_of(cache) * (cached + new) // capacity}
             if side == "ours":
                 found = cached_attention(query, *cache, cached + new)
                 values["error"] = error(found, attention_in_float64(query, *cache, cached + new))

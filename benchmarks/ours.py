@@ -69,7 +69,7 @@ def grammar_of(config):
 
 
 def margins(work, inputs, codes):
-    """The peer's side says how clear the winners were."""
+    """Nothing: the peer's values show how clear the winners were."""
     return {}
 
 

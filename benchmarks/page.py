@@ -16,9 +16,8 @@ class Page:
     def put(self, title, heads, rows, text, notes=None, names=1):
         """Write a section and print its new lines.
 
-        heads: the titles of the columns. rows: lists of cells, the first `names` of which name the row. notes: {part:
-        what is to be said of it}. Rows and notes of the same name are replaced; the others stay, unless the columns
-        have changed.
+        heads: the titles of the columns. rows: lists of cells; the first `names` cells name the row. notes: {part:
+        verdict}. Rows and notes of the same name are replaced; the others stay, unless the columns have changed.
         """
         new = [table([heads, *rows]), "".join(f"- {part}: {note}\n" for part, note in (notes or {}).items())]
         print(f"\n{title}\n\n" + "\n".join(new), flush=True)

@@ -167,7 +167,7 @@ def pass_bytes(model, rows, cached, head_rows):
     state = {name: t.element_size() * math.prod(t.shape) for name, t in model.state_dict().items()}
     layers = sum(size for name, size in state.items() if name.startswith("model.layers."))
     head = sum(size for name, size in state.items() if name.startswith("lm_head."))
-    c, itemsize = model.config, model.make_cache(1, 1).keys[0].element_size()
+    c, itemsize = model.config, 4 if model.weight_dtype == "float32" else 2  # of the cache
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * itemsize
     return int(layers + head * head_rows / c.vocab_size + rows * cached * kv)
 

@@ -49,7 +49,7 @@ def write_model(directory, config, seed=0, shard_bytes=SHARD_BYTES):
     """Weights and config.json, unless they are there already.
 
     `config`: a dict as in config.json; "model_type" and "torch_dtype" (float32 or bfloat16) must be in it. Weights of
-    more than `shard_bytes` are written as shards with an index. Ends the program where the disk is too full.
+    more than `shard_bytes` are written as shards with an index. The program ends if the disk lacks room for them.
     """
     import paddle
 
