@@ -37,7 +37,8 @@ help:
 	@echo "make test   ruff and pytest"
 	@echo "make lint   ruff alone"
 	@echo "make venv   .venv with all that is needed; the others make it themselves; .venv/bin/emu3 lists the commands"
-	@echo "make bench  side by side with transformers, into benchmarks/RESULTS.md; BENCH=--quick takes minutes, not an hour"
+	@echo "make bench  side by side with transformers, into benchmarks/RESULTS.md; BENCH=--quick takes minutes, not an hour;"
+	@echo "            BENCH=operators, released, quality or loading are the other benchmarks, BENCH=--help lists them"
 	@echo "make clean  remove all of that"
 	@echo
 	@echo "PYTHON=...  the Python to use: 3.10, 3.11 or 3.12"
@@ -115,7 +116,7 @@ test: lint ops
 	@touch $@
 
 bench: venv $(if $(filter .venv-peer/%,$(PEER_PYTHON)),.venv-peer/ready)
-	$(RUN) benchmarks/bench.py --peer_python=$(PEER_PYTHON) $(BENCH)
+	PEER_PYTHON="$(PEER_PYTHON)" $(RUN) benchmarks/bench.py $(BENCH)
 
 clean:
 	rm -rf .venv .venv-mini .venv-peer benchmarks/run $(OUT) build $(OPS)/build $(OPS)/modules/*.egg-info dist *.egg-info .pytest_cache .ruff_cache

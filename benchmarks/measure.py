@@ -1,15 +1,16 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""One measurement in a process of its own; `bench.py` starts it, in this project's environment or the peer's.
+"""One measurement in a process of its own, and how it is started and timed.
 
-Both sides are timed by this one code. A side is a module (`ours`, `peer.theirs`) that knows how its framework
-loads a checkpoint and calls the model, NumPy arrays in and out.
+As a program: `measure.py SIDE MODULE.FUNCTION ARGUMENTS` calls the function with the side's module and the arguments,
+a JSON object, and prints what it returns as JSON, with the versions. A side is a module that knows a framework: `ours`
+in this project's environment, or `peer.theirs` in the peer's, where nothing of Paddle can be imported.
 """
 
-import argparse
 import importlib
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -17,9 +18,18 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools/mini")]
 
 from paddlemix.machine import peak_host_memory
+
+PEER = "peer.theirs"
+
+
+def threads():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def timed(function, *arguments):
@@ -34,56 +44,69 @@ def best_rate(amount, function, repeats=5):
     return amount / min(timed(function)[0] for _ in range(repeats))
 
 
-def vision(side, args):
-    """Encode a picture and decode other, fixed codes, so that a tie in one does not show in the other."""
-    inputs = np.load(args.inputs)
-    load_s, (encode, decode) = timed(side.load_vision, args.checkpoint)
+def call(args, side, function, environment=(), **arguments):
+    """Call "module.function" of a side in a process of its own; the dict that it returns, with "versions"."""
+    print(f"  {side.split('.')[0]}: {function} ...", end=" ", flush=True)
+    python = args.peer_python.absolute() if side == PEER else sys.executable
+    command = [python, HERE / "measure.py", side, function, json.dumps(arguments, default=str)]
+    return json.loads(run(command, **dict(environment)).splitlines()[-1])
+
+
+def run(command, **environment):
+    """Run a command on the cores of this process, print its seconds, and return its output."""
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads()))
+    environment = {**os.environ, **counts, "HF_HUB_OFFLINE": "1", **environment}
+    seconds, done = timed(lambda: subprocess.run(command, capture_output=True, text=True, env=environment))
+    if done.returncode:
+        sys.exit(f"failed with {done.returncode}\n{done.stderr[-3000:]}")
+    print(f"{seconds:.0f} s", flush=True)
+    return done.stdout
+
+
+# --- what both sides do ----------------------------------------------------------------------------------
+
+
+def limits(side):
+    """The machine's rates as the side's framework reaches them."""
+    return side.limits(threads())
+
+
+def vision(side, checkpoint, inputs, outputs, warm):
+    """Encode an image and decode other, fixed codes, so that a tie in one does not show in the other."""
+    given = np.load(inputs)
+    load_s, (encode, decode) = timed(side.load_vision, Path(checkpoint))
     calls = []
-    for _ in range(1 + args.warm):
-        encode_s, codes = timed(encode, inputs["pixels"])
-        decode_s, pixels = timed(decode, inputs["codes"])
+    for _ in range(1 + warm):
+        encode_s, codes = timed(encode, given["pixels"])
+        decode_s, pixels = timed(decode, given["codes"])
         calls.append({"encode_s": encode_s, "decode_s": decode_s, "peak_bytes": peak_host_memory()})
-    return {"load_s": load_s, "calls": calls}, {"codes": codes, "pixels": pixels}
+    found = {"codes": codes, "pixels": pixels}
+    np.savez(outputs, **found, **side.margins("vision", given, codes))  # after all that is measured
+    return {"load_s": load_s, "calls": calls}
 
 
-def draw(side, args):
-    """Draw one picture greedily, with guidance."""
-    inputs = {name: value.tolist() for name, value in np.load(args.inputs).items()}
-    load_s, draw_picture = timed(side.load_drawing, args.checkpoint, inputs, args.decoding, args.dtype)
+def generate(side, checkpoint, inputs, outputs, warm, dtype="float32", decoding="step"):
+    """Generate one image greedily, with guidance."""
+    given = {name: value.tolist() for name, value in np.load(inputs).items()}
+    load_s, generate_image = timed(side.load_generation, Path(checkpoint), given, dtype, decoding)
     calls = []
-    for _ in range(1 + args.warm):
-        seconds, (codes, passes) = timed(draw_picture)
+    for _ in range(1 + warm):
+        seconds, (codes, passes) = timed(generate_image)
         calls.append({"seconds": seconds, "forward_passes": passes, "peak_bytes": peak_host_memory()})
-    return {"load_s": load_s, "calls": calls}, {"codes": codes}
+    np.savez(outputs, codes=codes, **side.margins("generate", np.load(inputs), codes))
+    return {"load_s": load_s, "calls": calls}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side", choices=["ours", "peer.theirs"])
-    parser.add_argument("work", choices=["vision", "draw", "limits", "write"])
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--inputs", type=Path, help=".npz")
-    parser.add_argument("--outputs", type=Path, help=".npz: codes, pixels and what tells how clear the winners are")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--warm", type=int, default=0, help="calls after the first")
-    parser.add_argument("--decoding", default="step")
-    parser.add_argument("--dtype", default="float32", help="of the language model's weights")
-    args = parser.parse_args()
+    side, function, arguments = sys.argv[1:]
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     os.environ.setdefault("GLOG_minloglevel", "2")
-    side = importlib.import_module(args.side)
-    versions = side.start(args.threads)
-    if args.work == "write":
-        result = side.write(args.checkpoint)
-    elif args.work == "limits":
-        result = side.limits(args.threads)
-    else:
-        result, outputs = (vision if args.work == "vision" else draw)(side, args)
-        if hasattr(side, "margins"):  # after all that is measured
-            outputs.update(side.margins(args.work, np.load(args.inputs), outputs["codes"]))
-        np.savez(args.outputs, **outputs)
-    print(json.dumps({**result, "versions": versions}))
+    side = importlib.import_module(side)
+    versions = side.start(threads())
+    module, _, name = function.rpartition(".")
+    result = getattr(importlib.import_module(module), name)(side, **json.loads(arguments))
+    print(json.dumps({**(result or {}), "versions": versions}))
 
 
 if __name__ == "__main__":

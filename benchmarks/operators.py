@@ -1,38 +1,26 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The custom operators on a CPU beside Paddle and PyTorch, and beside what the memory gives.
-
-    python benchmarks/operators.py                  # all of it; needs `make ops`, and the peer that `make bench` makes
-    python benchmarks/operators.py --parts linear   # one part anew
-    python benchmarks/operators.py --small          # a sixteenth of each size, to see that it runs
+"""The custom operators on a CPU beside Paddle and PyTorch, and beside the read bandwidth. Needs `make ops`.
 
 Every side computes in a process of its own, one after the other, several rounds of them with the read bandwidth in
-each; the medians go into benchmarks/RESULTS.md. Few rows and attention take turns over so many copies of their weights
-or cache that none is still in the processor's cache when its turn comes. The exit code is 1 where a result of the
-operators is not that of Paddle in float64.
+each; the medians are reported. Few rows and attention take turns over so many copies of their weights or cache that
+none is still in the processor's cache when its turn comes. Fails where a result of the operators is not that of Paddle
+in float64.
 """
 
-import argparse
 import functools
 import importlib
 import itertools
-import json
 import math
-import os
-import re
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from machine import describe
+from measure import PEER, call, threads, timed
+from ours import read_rate
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
-
-from measure import best_rate, timed
-
-TITLE = "The custom operators on a CPU"
+HAS_PEER = True
 FULL = SimpleNamespace(
     hidden=4096, intermediate=14336, many_rows=(512, 2048), cached=(4096, 8200), heads=32, kv_heads=8, dim=128,
     positions=4096, codewords=32768, rotated=1 << 30,
@@ -44,79 +32,48 @@ SMALL = SimpleNamespace(
 FEW_ROWS = (1, 2, 4, 8, 16)
 KINDS = ("float32", "bfloat16", "int8", "int4")
 NEW_TOKENS, BATCH = (1, 16), 2
+CACHE_BLOCK = 1024  # the capacity of a cache is a multiple of it
 CHECKED = 16  # rows of a product that are compared
 LARGEST_ERROR = 1e-5  # of the largest result
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser):
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.5, help="of calls of each kind, in each process")
-    parser.add_argument("--small", action="store_true", help="to try the program; RESULTS.md stays as it is")
-    parser.add_argument("--peer_python", type=Path, default=HERE.parent / ".venv-peer/bin/python", help="has PyTorch")
-    parser.add_argument("--no_peer", action="store_true", help="without PyTorch")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores that all may use")
-    parser.add_argument("--directory", type=Path, default=HERE / "run", help="raw results")
-    parser.add_argument("--report", type=Path, default=HERE / "RESULTS.md")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.side:
-        return measure_side(args)
-    from bench import machine, run
-    from report import put_section, sections
 
-    from paddlemix.utils import write_atomically
 
-    if not args.no_peer and not args.peer_python.exists():
-        parser.error(f"{args.peer_python} is missing: make bench makes it, or give --peer_python or --no_peer")
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    args.directory.mkdir(parents=True, exist_ok=True)
-    found = {part: {} for part in args.parts}  # {part: {case: {side: [what each round gave]}}}
+def run(args, page):
+    found = {part: {} for part in args.parts}  # {part: {case: {side: [the result of each round]}}}
     rates, versions = {}, {}
     for _ in range(args.rounds):
-        for side in ["ours"] if args.no_peer else ["ours", "peer.theirs"]:
-            for name, rate in run(args, side, "limits")["read_bytes_per_s"].items():
+        for side in ["ours"] if args.no_peer else ["ours", PEER]:
+            for name, rate in call(args, side, "measure.limits")["read_bytes_per_s"].items():
                 rates[name] = max(rate, rates.get(name, 0))
         for part in args.parts:
             for side in PARTS[part].sides:
                 if side != "torch" or not args.no_peer:
-                    result = start_side(args, part, side)
+                    result = measure_side(args, part, side)
                     versions.update(result["versions"] if side in ("ours", "torch") else {})
                     for case, values in result["cases"].items():
                         found[part].setdefault(case, {}).setdefault(side, []).append(values)
-    common = {"read_bytes_per_s": rates, "versions": versions, "machine": machine(args.threads), "rounds": args.rounds}
-    results = {part: {"cases": {case: medians(sides) for case, sides in cases.items()}, **common}
-               for part, cases in found.items()}  # fmt: skip
-    if args.small:
-        print(section(results))
-    else:
-        path = args.directory / "operators.json"
-        raw = {**(json.loads(path.read_text()) if path.exists() else {}), **results}
-        write_atomically(path, json.dumps(raw, indent=1) + "\n")
-        page = args.report.read_text() if args.report.exists() else ""
-        put_section(args.report, TITLE, section(results, sections(page).get(TITLE, "")))
-        print(f"wrote {args.report}")
-    return int(any(not equal(case) for part in args.parts for case in results[part]["cases"].values()))
+    for part in args.parts:
+        cases = {case: medians(sides) for case, sides in found[part].items()}
+        put(page, part, cases, args.rounds)
+        page.put_machine([PARTS[part].title.lower()], describe(versions, {"read_bytes_per_s": rates}))
+        yield part, all(map(equal, cases.values())), {"cases": cases, "read_bytes_per_s": rates, "versions": versions}
 
 
-def start_side(args, part, side):
-    from bench import start
-
-    print(f"  {side}: {part} ...", end=" ", flush=True)
-    python = args.peer_python.absolute() if side == "torch" else sys.executable
-    command = [python, __file__, f"--side={side}", f"--parts={part}", f"--threads={args.threads}"]
-    command += [f"--seconds={args.seconds}", *(["--small"] if args.small else [])]
-    operators = {"EMU3_OPS": "1" if side == "ours" else "0"}
-    return json.loads(start(command, args.threads, **operators).splitlines()[-1])
+def measure_side(args, part, side):
+    module, switch = PEER if side == "torch" else "ours", {"EMU3_OPS": "1" if side == "ours" else "0"}
+    given = {"part": part, "of": side, "small": args.small, "seconds": args.seconds}
+    return call(args, module, "operators.measure_part", switch, **given)
 
 
 def medians(sides):
-    """{side: [{"seconds", ...}]} -> {"seconds": {side: the median}, "share": the median, and what else ours told}"""
-    seconds, ours = (
-        {side: statistics.median(r["seconds"] for r in rounds) for side, rounds in sides.items()},
-        sides["ours"],
-    )
+    """{side: [{"seconds", ...}]} -> {"seconds": {side: the median}, "share": the median, and what else ours gave}"""
+    ours = sides["ours"]
+    seconds = {side: statistics.median(r["seconds"] for r in rounds) for side, rounds in sides.items()}
     shares = {"share": statistics.median(r["share"] for r in ours)} if "share" in ours[0] else {}
     return {**ours[-1], "seconds": seconds, "error": max(r["error"] for r in ours), **shares}
 
@@ -128,13 +85,14 @@ def equal(case):
 # --- in a process of its own -----------------------------------------------------------------------------
 
 
-def measure_side(args):
-    """Print {"cases": {case: {"seconds", "error" of ours, "bytes" or "operations"}}, "versions"}."""
-    versions = importlib.import_module("peer.theirs" if args.side == "torch" else "ours").start(args.threads)
-    if args.side == "ours" and versions["custom operators"] != "compiled":
-        sys.exit("the operators are not built: make ops")
-    cases = measure(args.parts[0], args.side, SMALL if args.small else FULL, args.seconds)
-    print(json.dumps({"cases": cases, "versions": versions}))
+def measure_part(module, part, of, small, seconds):
+    """{"cases": {case: {"seconds", "error" of ours, "bytes" or "operations"}}}"""
+    if of == "ours":
+        from paddlemix.external_ops import operators
+
+        if not operators():
+            sys.exit("the operators are not built: make ops")
+    return {"cases": measure(part, of, SMALL if small else FULL, seconds)}
 
 
 def measure(part, side, sizes, seconds):
@@ -142,22 +100,14 @@ def measure(part, side, sizes, seconds):
     for case, calls, values in PARTS[part].cases(side, sizes):
         shared = side == "ours" and "bytes" in values
         if shared and numbers is None:
-            numbers = np.array_split(
-                np.ones(max(sizes.rotated, 1 << 22) // 4, dtype=np.float32), len(os.sched_getaffinity(0))
-            )
-        before = read_rate(numbers) if shared else None
+            numbers = np.array_split(np.ones(max(sizes.rotated, 1 << 22) // 4, dtype=np.float32), threads())
+        before = read_rate(numbers, repeats=2) if shared else None
         values["seconds"] = median_seconds(calls, seconds)
         if shared:
-            values["share"] = values["bytes"] / values["seconds"] / max(before, read_rate(numbers))
+            values["share"] = values["bytes"] / values["seconds"] / max(before, read_rate(numbers, repeats=2))
         if case not in cases or values["seconds"] < cases[case]["seconds"]:  # Paddle's: of two layouts the quicker
             cases[case] = values
     return cases
-
-
-def read_rate(parts):
-    """Bytes a second, of the quicker of two sums, a thread for each part."""
-    with ThreadPoolExecutor(len(parts)) as pool:
-        return best_rate(sum(part.nbytes for part in parts), lambda: list(pool.map(np.sum, parts)), repeats=2)
 
 
 def median_seconds(calls, seconds):
@@ -240,19 +190,18 @@ def attention(side, sizes):
     import paddle
 
     from paddlemix.external_ops.cached_attention import cached_attention
-    from paddlemix.models.emu3.cache import CACHE_BLOCK
 
     rng = np.random.default_rng(0)
     for kind, cached in itertools.product(("float32", "bfloat16"), sizes.cached):
-        room = math.ceil((cached + max(NEW_TOKENS)) / CACHE_BLOCK) * CACHE_BLOCK
-        shape = [BATCH, sizes.kv_heads, room, sizes.dim]
+        capacity = math.ceil((cached + max(NEW_TOKENS)) / CACHE_BLOCK) * CACHE_BLOCK
+        shape = [BATCH, sizes.kv_heads, capacity, sizes.dim]
         cache = [paddle.to_tensor(rng.standard_normal(shape, dtype=np.float32)).astype(kind) for _ in "kv"]
         if side == "paddle":  # in the layout that its function takes
             cache = [x.transpose([0, 2, 1, 3]).contiguous() for x in cache]
         turns = copies(sizes, cache)
         for new in NEW_TOKENS:
             query = paddle.to_tensor(rng.standard_normal([BATCH, new, sizes.heads, sizes.dim], dtype=np.float32))
-            values = {"bytes": size_of(cache) * (cached + new) // room}
+            values = {"bytes": size_of(cache) * (cached + new) // capacity}
             if side == "ours":
                 found = cached_attention(query, *cache, cached + new)
                 values["error"] = error(found, attention_in_float64(query, *cache, cached + new))
@@ -320,12 +269,7 @@ def excess(codes, latents, codebook, chunk=256):
     return float(worst / largest)
 
 
-SIDES = {
-    "ours": "ours",
-    "fallback": "without the operators",
-    "paddle": "Paddle",
-    "torch": "PyTorch",
-}
+SIDES = {"ours": "ours", "fallback": "without the operators", "paddle": "Paddle", "torch": "PyTorch"}
 PARTS = {
     "linear": SimpleNamespace(
         title="Few rows", sides=("ours", "paddle", "torch"), heads=("layer [out, in]", "weights", "rows"),
@@ -350,47 +294,47 @@ PARTS = {
 }  # fmt: skip
 
 
-# --- the section -----------------------------------------------------------------------------------------
+# --- the tables ------------------------------------------------------------------------------------------
 
-
-def section(results, earlier=""):
-    """What was measured; parts that were not stay as the earlier section has them."""
-    text = """\
-`benchmarks/operators.py`: medians of calls in processes of their own, in turns; few rows and attention go over copies
-of at least 1 GiB, so that no weight or cache is found in the processor's cache. The read bandwidth is that of summing
-1 GiB in the same process just before or after, the quicker of them: it differs from minute to minute. Difference: the
-largest from Paddle's or NumPy's float64 of the same numbers, in parts of the largest result.
+TEXT = """
+Medians of calls in processes of their own, in turns; few rows and attention go over copies of at least 1 GiB, so that
+no weight or cache is found in the processor's cache. The read bandwidth is that of summing 1 GiB in the same process
+just before or after, the quicker of them: it differs from minute to minute. Difference: the largest from Paddle's or
+NumPy's float64 of the same numbers, in parts of the largest result.
 """
-    verdicts = ""
-    for part in PARTS:
-        title = PARTS[part].title
-        if part in results:
-            text += f"\n### {title}\n\n{table(part, results[part])}"
-            text += f"\n{PARTS[part].text}\n" if PARTS[part].text else ""
-            verdicts += f"- {verdict(part, results[part])}\n"
-        elif block := re.search(rf"\n### {title}\n\n.*?\n(?=\n### |\n- )", earlier, re.DOTALL):
-            text += block[0]
-            verdicts += re.search(rf"^- {title}: .*$", earlier, re.MULTILINE)[0] + "\n"
-    return f"{text}\n{verdicts}"
+LIKE_FEW_ROWS = "\nMeasured like few rows.\n"
 
 
-def table(part, result):
-    sides = [side for side in PARTS[part].sides if any(side in c["seconds"] for c in result["cases"].values())]
-    first = next(iter(result["cases"].values()))
-    measures = ["GB/s", "of the read bandwidth"] if "bytes" in first else []
-    beside = [cell for side in sides[1:] for cell in (SIDES[side], "times faster")]
-    heads = [*PARTS[part].heads, "ours", *measures, *beside, "difference"]
-    lines = [heads, ["---"] * len(heads)]
-    for name, case in result["cases"].items():
+def title(part):
+    return f"Custom operators: {PARTS[part].title.lower()}"
+
+
+def put(page, part, cases, rounds):
+    wrong = [name.replace(" | ", ", ") for name, case in cases.items() if not equal(case)]
+    verdict = f"**NOT EQUAL**: {'; '.join(wrong)}" if wrong else "equal"
+    heads, *rows = lines(part, cases)
+    names = len(PARTS[part].heads)
+    notes = {PARTS[part].title.lower(): f"{verdict}; rounds: {rounds}"}
+    text = f"{PARTS[part].text}{TEXT if part == 'linear' else LIKE_FEW_ROWS}"
+    page.put(title(part), heads, rows, text, notes, names)
+
+
+def lines(part, cases):
+    """The columns' titles, and a row of cells for each case."""
+    sides = [side for side in PARTS[part].sides if any(side in c["seconds"] for c in cases.values())]
+    measures = ["GB/s", "of the read bandwidth"] if "bytes" in next(iter(cases.values())) else []
+    beside = [cell for side in sides[1:] for cell in (SIDES[side], f"{SIDES[side]} / ours")]
+    found = [[*PARTS[part].heads, "ours", *measures, *beside, "difference"]]
+    for name, case in cases.items():
         cells = [*name.split(" | "), duration(case, "ours")]
         if measures:
             speed = case["bytes"] / case["seconds"]["ours"]
             cells += [f"{speed / 1e9:.1f}", f"{case['share']:.0%}"]
         for side in sides[1:]:
-            other = base(name, side, result["cases"])
+            other = base(name, side, cases)
             cells += [duration(other, side), f"**{other['seconds'][side] / case['seconds']['ours']:.2f}**"]
-        lines.append([*cells, f"{case['error']:.0e}"])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        found.append([*cells, f"{case['error']:.0e}"])
+    return found
 
 
 def base(name, side, cases):
@@ -405,19 +349,3 @@ def duration(case, side):
     seconds = case["seconds"][side]
     text = f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.{2 if seconds >= 1e-3 else 4}f} ms"
     return f"{text}, {case['operations'] / seconds / 1e9:.0f} GFLOP/s" if "operations" in case else text
-
-
-def verdict(part, result):
-    wrong = [name.replace(" | ", ", ") for name, case in result["cases"].items() if not equal(case)]
-    found = f"**NOT EQUAL**: {'; '.join(wrong)}" if wrong else "equal"
-    m = result["machine"]
-    rates = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in result["read_bytes_per_s"].items())
-    versions = ", ".join(f"{k} {v}" for k, v in {"Python": m["python"], **result["versions"]}.items())
-    return (
-        f"{PARTS[part].title}: {found}; rounds: {result['rounds']}; commit {m['commit']}, {m['date']}; {m['cpu']}, "
-        f"{m['cores']} cores, {m['instructions']}, {m['memory_gb']} GB, {m['system']}; {versions}. Reading: {rates}."
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "golden"
 EXAMPLES = Path(__file__).parents[1] / "paddlemix" / "examples" / "emu3"
 sys.path[:0] = [str(GOLDEN), str(Path(__file__).parents[1] / "tools")]
 
-import make_demo_checkpoints
+import random_checkpoints
 import recipe
 
 MODELS = {  # golden name: (tag of its weights, model_type)
@@ -110,7 +110,7 @@ def language_model(language_dir):
 def vocabulary_dir(tmp_path_factory):
     """A directory with the tokenizer files of the released Emu3; read it, do not write to it."""
     directory = tmp_path_factory.mktemp("emu3-vocabulary")
-    make_demo_checkpoints.write_vocabulary(directory)
+    random_checkpoints.write_vocabulary(directory)
     config = {
         "added_tokens_decoder": {},
         "auto_map": {"AutoTokenizer": ["tokenization_emu3.Emu3Tokenizer", None]},

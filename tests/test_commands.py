@@ -15,9 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-import make_demo_checkpoints
 import numpy as np
 import pytest
+import random_checkpoints
 from conftest import EXAMPLES, relative_error
 from PIL import Image
 
@@ -38,12 +38,9 @@ ASK = (
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, vocabulary_dir):
     """BAAI/Emu3-VisionTokenizer, BAAI/Emu3-Gen and BAAI/Emu3-Chat, small."""
-    import paddle
-
     directory = tmp_path_factory.mktemp("checkpoints")
-    paddle.seed(0)
-    make_demo_checkpoints.write_vision_tokenizer(directory / "Emu3-VisionTokenizer", max_pixels=96 * 96)
-    make_demo_checkpoints.write_language_model(directory / "Emu3-Gen")
+    random_checkpoints.write_vision_tokenizer(directory / "Emu3-VisionTokenizer", max_pixels=96 * 96)
+    random_checkpoints.write_language_model(directory / "Emu3-Gen")
     shutil.copytree(directory / "Emu3-Gen", directory / "Emu3-Chat")
     return directory
 
@@ -137,7 +134,7 @@ def test_help_imports_nothing_large(script, tmp_path):
 def test_the_three_lines_from_the_hub_cache(folder, checkpoints):
     """As after a download, without a network."""
     (folder / "BAAI").unlink()
-    for name in make_demo_checkpoints.CHECKPOINTS:
+    for name in random_checkpoints.CHECKPOINTS:
         home, commit = folder / "hf" / "hub" / f"models--BAAI--{name}", "0" * 40
         (home / "refs").mkdir(parents=True)
         (home / "refs" / "main").write_text(commit)

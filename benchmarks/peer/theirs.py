@@ -7,14 +7,19 @@ tokens as a tensor, which is quicker than the card's list. It reads the same che
 are its own, the vision tokenizer's are mapped.
 """
 
+import functools
 import json
 import re
+import statistics
+from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from measure import best_rate
+from measure import best_rate, timed
 from safetensors.torch import load_file
+
+from paddlemix.machine import peak_host_memory
 
 # the released names -> transformers': the attention's norm moves out of it, its 1x1 convolutions become Linear
 RENAMINGS = (
@@ -36,10 +41,8 @@ def start(threads):
 
 
 def load_vision(directory):
-    released = json.loads((directory / "config.json").read_text())
     names = {"ch": "base_channels", "ch_mult": "channel_multiplier", "z_channels": "latent_channels"}
-    values = {names.get(k, k): v for k, v in released.items() if k not in ("model_type", "torch_dtype")}
-    config = transformers.Emu3VQVAEConfig(**values)
+    config = transformers.Emu3VQVAEConfig(**{names.get(k, k): v for k, v in config_of(directory).items()})
     config.hidden_size = config.base_channels * config.channel_multiplier[-1]
     state = {}
     for name, tensor in load_file(directory / "model.safetensors").items():
@@ -59,15 +62,20 @@ def load_vision(directory):
     return encode, lambda codes: model.decode(torch.from_numpy(codes)).numpy()
 
 
-def load_drawing(directory, inputs, decoding, dtype):
-    released = json.loads((directory / "config.json").read_text())
-    config = transformers.Emu3TextConfig(
-        **{k: v for k, v in released.items() if k not in ("model_type", "torch_dtype")}
-    )
-    model = transformers.Emu3ForCausalLM.from_pretrained(
+def language_model(directory, dtype):
+    config = transformers.Emu3TextConfig(**config_of(directory))
+    return transformers.Emu3ForCausalLM.from_pretrained(
         directory, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-    )
-    loaded["model"] = model.eval()
+    ).eval()
+
+
+def config_of(directory):
+    config = json.loads((directory / "config.json").read_text())
+    return {k: v for k, v in config.items() if k not in ("model_type", "torch_dtype", "architectures")}
+
+
+def load_generation(directory, inputs, dtype, decoding):
+    loaded["model"] = model = language_model(directory, dtype)
     height, width = inputs["size"]
     first, body = inputs["first_visual"], height * (width + 1)
     visual = torch.arange(first, first + inputs["codebook_size"])
@@ -80,7 +88,7 @@ def load_drawing(directory, inputs, decoding, dtype):
             return [closing[position - body]]
         return [inputs["eol"]] if position % (width + 1) == width else visual
 
-    def draw():
+    def generate():
         ids = model.generate(
             input_ids=positive, attention_mask=torch.ones_like(positive), negative_prompt_ids=negative,
             negative_prompt_attention_mask=torch.ones_like(negative), guidance_scale=inputs["guidance_scale"],
@@ -90,7 +98,16 @@ def load_drawing(directory, inputs, decoding, dtype):
         rows = ids[0, positive.shape[1] :][:body].reshape(height, width + 1)
         return (rows[:, :-1] - first).numpy(), 2 * (body + 3)
 
-    return draw
+    return generate
+
+
+def steps(side, directory, prompt=40, count=8, rows=2):
+    """Forward passes of a new token in bfloat16; with guidance an image is two rows."""
+    load_s, model = timed(language_model, Path(directory), "bfloat16")
+    cache = model(torch.full([rows, prompt], 300), use_cache=True, logits_to_keep=1).past_key_values
+    step = functools.partial(model, torch.full([rows, 1], 7), past_key_values=cache, use_cache=True)
+    pass_s = statistics.median(timed(step)[0] for _ in range(count))
+    return {"load_s": load_s, "pass_s": pass_s, "peak_bytes": peak_host_memory()}
 
 
 def limits(threads):
@@ -111,12 +128,12 @@ def limits(threads):
 
 
 def margins(work, inputs, codes):
-    """What the winners were chosen from, in one more pass that nothing measures.
+    """The values that the winners were chosen from, in one more pass that nothing measures.
 
-    vision: "latents", float32 [h * w, embed_dim], what is quantized.
-    draw: "top_logits" and "top_codes", [h * w, 8], the largest guided logits at each visual token.
+    vision: "latents", float32 [h * w, embed_dim], before quantization.
+    generate: "top_logits" and "top_codes", [h * w, 8], the largest guided logits at each visual token.
     """
-    return vision_margins(inputs["pixels"]) if work == "vision" else drawing_margins(inputs, codes)
+    return vision_margins(inputs["pixels"]) if work == "vision" else generation_margins(inputs, codes)
 
 
 def vision_margins(pixels):
@@ -128,15 +145,15 @@ def vision_margins(pixels):
     return {"latents": caught[0].movedim(1, -1).flatten(0, -2).numpy()}
 
 
-def drawing_margins(inputs, codes):
+def generation_margins(inputs, codes):
     model, first = loaded["model"], int(inputs["first_visual"])
     rows = np.concatenate([codes + first, np.full([len(codes), 1], inputs["eol"])], axis=1)
-    picture, head = rows.ravel(), model.lm_head.weight[first : first + int(inputs["codebook_size"])]
+    image, head = rows.ravel(), model.lm_head.weight[first : first + int(inputs["codebook_size"])]
     logits = []
     for name in ("positive", "negative"):
-        ids = torch.from_numpy(np.concatenate([inputs[name], picture]))[None]
+        ids = torch.from_numpy(np.concatenate([inputs[name], image]))[None]
         hidden = model.model(ids).last_hidden_state[0, len(inputs[name]) - 1 : -1]
-        logits.append(hidden[picture != int(inputs["eol"])] @ head.T)
+        logits.append(hidden[image != int(inputs["eol"])] @ head.T)
     guided = logits[1] + float(inputs["guidance_scale"]) * (logits[0] - logits[1])
     top = guided.topk(8)
     return {"top_logits": top.values.numpy(), "top_codes": top.indices.numpy()}
