@@ -202,11 +202,13 @@ def attention(side, sizes):
         for new in NEW_TOKENS:
             query = paddle.to_tensor(rng.standard_normal([BATCH, new, sizes.heads, sizes.dim], dtype=np.float32))
             values = {"bytes": size_of(cache) * (cached + new) // capacity}
+            attend, length = (paddle_attention if side == "paddle" else cached_attention), cached + new
+            if side != "paddle":
+                length = paddle.full([BATCH], cached + new, "int64")
             if side == "ours":
-                found = cached_attention(query, *cache, cached + new)
+                found = cached_attention(query, *cache, length)
                 values["error"] = error(found, attention_in_float64(query, *cache, cached + new))
-            attend = paddle_attention if side == "paddle" else cached_attention
-            calls = [functools.partial(attend, query, *each, cached + new) for each in turns]
+            calls = [functools.partial(attend, query, *each, length) for each in turns]
             yield f"{kind} | {cached} | {new}", calls, values
 
 

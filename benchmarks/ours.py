@@ -13,8 +13,9 @@ def start(threads):
     import paddlenlp
 
     from paddlemix.external_ops import operators
+    from paddlemix.paddle_private import set_num_threads
 
-    paddle.base.core.set_num_threads(threads)
+    set_num_threads(threads)
     paddle.set_device("cpu")
     compiled = "compiled" if operators() else "not there"
     return {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__, "custom operators": compiled}
@@ -39,11 +40,10 @@ def load_vision(directory):
 
 
 def load_generation(directory, inputs, dtype, decoding):
-    from paddlemix.models.emu3 import Emu3ForCausalLM, generate_images
-    from paddlemix.models.emu3.generation_emu3 import Sampling
+    from paddlemix.models.emu3 import Emu3ForCausalLM, ImageGrammar, Sampling, generate_images
 
     model = Emu3ForCausalLM.from_pretrained(directory, dtype=dtype)
-    grammar = grammar_of(model.config)
+    grammar = ImageGrammar.from_config(model.config)
 
     def generate():
         images = generate_images(
@@ -53,19 +53,6 @@ def load_generation(directory, inputs, dtype, decoding):
         return np.asarray(images.codes[0]), images.forward_passes
 
     return generate
-
-
-def grammar_of(config):
-    """The released vocabulary's grammar of images."""
-    from counts import FIRST_VISUAL, VISUAL_TOKENS
-
-    from paddlemix.models.emu3 import ImageGrammar
-
-    return ImageGrammar(
-        img=config.img_token_id, boi=config.boi_token_id, eoi=config.eoi_token_id, eol=config.eol_token_id,
-        eof=config.eof_token_id, eos=config.eos_token_id, pad=config.pad_token_id,
-        first_visual=FIRST_VISUAL, codebook_size=VISUAL_TOKENS,
-    )  # fmt: skip
 
 
 def margins(work, inputs, codes):

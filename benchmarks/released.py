@@ -19,7 +19,7 @@ import numpy as np
 from counts import NEGATIVE_PROMPT, PROMPT
 from machine import describe
 from measure import PEER, call, threads, timed
-from ours import grammar_of, read_rate
+from ours import read_rate
 
 from paddlemix.machine import peak_host_memory
 
@@ -108,26 +108,26 @@ def tokens(height, width):
 
 def generate(model, height, width):
     """Greedy, with guidance, sequential: two rows of a batch, and only the visual rows of the head."""
-    from paddlemix.models.emu3 import generate_images
-    from paddlemix.models.emu3.generation_emu3 import Sampling
+    from paddlemix.models.emu3 import Batch, Drawing, ImageGrammar, Sampling
 
-    c, clock, grammar = model.config, Clock(model), grammar_of(model.config)
-    prompts = [[*words(c, n), c.boi_token_id, c.img_token_id] for n in (PROMPT, NEGATIVE_PROMPT)]
-    images = generate_images(
-        model, prompts[:1], [(height, width)], grammar, prompts[1:], sampling=Sampling(top_k=1), decoding="step",
-        on_tokens=clock,
-    )  # fmt: skip
-    cached = len(prompts[1]) + height * (width + 1) / 2
+    c, clock, grammar = model.config, Clock(model), ImageGrammar.from_config(model.config)
+    positive, negative = ([*words(c, n), c.boi_token_id, c.img_token_id] for n in (PROMPT, NEGATIVE_PROMPT))
+    image = Drawing(positive, (height, width), grammar, negative, sampling=Sampling(top_k=1))
+    batch = Batch(model, "step")
+    batch.join(image)
+    while batch:
+        clock(batch.step())
+    cached = len(negative) + height * (width + 1) / 2
     return {
-        "distinct": len(np.unique(images.codes[0])),
+        "distinct": len(np.unique(image.codes())),
         "pass_bytes": pass_bytes(model, 2, cached, grammar.codebook_size),
-        **clock.result(images.forward_passes),
+        **clock.result(batch.forward_passes),
     }
 
 
 def answer(model, height, width):
     """Text of as many tokens as the image: one row, and the whole head."""
-    from paddlemix.models.emu3.generation_emu3 import generate_text
+    from paddlemix.models.emu3 import generate_text
 
     c, count, clock = model.config, tokens(height, width), Clock(model)
     for ids in generate_text(model, [words(c, PROMPT)], count):

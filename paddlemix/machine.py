@@ -16,8 +16,8 @@ def start_paddle(device=None, quiet=True):
     """Import Paddle without its notices, with all cores, on a device.
 
     Args:
-        device: what --device gave: "cpu", "gpu" or "gpu:N"; None is the GPU where Paddle finds one, and the device
-            that Paddle is set to where it was imported before.
+        device: what --device gave: "cpu", "gpu" or "gpu:N"; None is the GPU where Paddle finds one, and for a library
+            the device that Paddle is set to where it was imported before.
         quiet: show no notices and warnings of the libraries from now on, either: for a program, not for a library.
 
     Raises:
@@ -33,7 +33,7 @@ def start_paddle(device=None, quiet=True):
         warnings.simplefilter("ignore")
         import paddle
 
-    if was_imported and device is None:
+    if was_imported and device is None and not quiet:
         return
     paddle.disable_signal_handler()  # it prints a C++ traceback when the process is asked to end
     if not threads_are_chosen:

@@ -384,7 +384,8 @@ def test_only_the_needed_files_are_asked_for(directory, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     load("BAAI/Emu3-Gen")
     shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert asked == ["config.json", "model.safetensors", "model.safetensors.index.json", *shards]
+    whole = ["model.safetensors", "model.safetensors.index.json"]
+    assert asked == ["config.json", "generation_config.json", *whole, *shards]
 
 
 def test_a_cached_checkpoint_needs_no_network(hub, directory, monkeypatch):

@@ -3,7 +3,7 @@
 
 from .console import Loading, Stopwatch, add_texts, integer, make_parser, note, number, progress_bar, say
 from .files import Preview, free_paths, next_to_each_other, save_picture, write_stats, wrote
-from .language_model import add_dtype, add_model_paths, make_pipeline
+from .language_model import add_dtype, add_model_paths, make_pipeline, note_dtype
 from .unfinished import Unfinished, fingerprint
 
 
@@ -55,7 +55,8 @@ def main(args):
             num_images=args.num_images, guidance_scale=args.guidance_scale, temperature=args.temperature,
             top_k=args.top_k, top_p=args.top_p, seed=args.seed, decoding=args.decoding,
         )  # fmt: skip
-        generation.load()
+        note_dtype(emu3)
+        emu3.load()
     for text in generation.notes:
         note(text)
     unfinished = Unfinished(args, {**generation.settings, "seed": args.seed, "checkpoint": fingerprint(emu3.model)})

@@ -27,18 +27,22 @@ def add_model_paths(parser, default):
 
 
 def make_pipeline(args, chat_template=None):
-    """The Emu3Pipeline of a command's arguments, and the notes that its dtype deserves. No weights are read yet."""
-    import paddle
-
-    from paddlemix.external_ops import build_command, operators
+    """The Emu3Pipeline of a command's arguments. Nothing is read yet."""
     from paddlemix.pipelines import Emu3Pipeline
 
     options = {} if chat_template is None else {"chat_template": chat_template}
-    emu3 = Emu3Pipeline(args.model_path, args.vq_model_path, args.dtype, progress=True, **options)
+    return Emu3Pipeline(args.model_path, args.vq_model_path, args.dtype, progress=True, **options)
+
+
+def note_dtype(emu3):
+    """Say what becomes of a dtype that the device does not have, or has slowly."""
+    import paddle
+
+    from paddlemix.external_ops import build_command, operators
+
     on_cpu, config = paddle.get_device() == "cpu", emu3.config
-    if on_cpu and args.dtype == "float16":
+    if on_cpu and emu3.asked_dtype == "float16":
         note("there is no float16 linear layer for a CPU: going on in float32")
     if on_cpu and operators() is None and 4 * step_parameters(config) > SLOW_BYTES:
         other = "" if emu3.dtype == "float32" else ", or take --dtype=float32"
         note(f"{emu3.dtype} is slow on a CPU without the compiled operators: run `{build_command()}`{other}")
-    return emu3

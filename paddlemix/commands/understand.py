@@ -5,7 +5,7 @@ import sys
 
 from .console import Loading, Stopwatch, add_texts, integer, make_parser, note
 from .files import load_pictures, write_stats
-from .language_model import add_dtype, add_model_paths, make_pipeline
+from .language_model import add_dtype, add_model_paths, make_pipeline, note_dtype
 
 
 def parser(prog=None):
@@ -35,6 +35,7 @@ def main(args):
     pictures, questions = pairs(args)
     with Loading() as load:
         emu3 = make_pipeline(args, args.chat_template)
+        note_dtype(emu3)  # a mistyped --model_path is told here, before the vision tokenizer is read
         images = load_pictures(pictures, emu3.image_processor)
         emu3.load()
     answers = emu3.understand_steps(images, questions, max_new_tokens=args.max_new_tokens)

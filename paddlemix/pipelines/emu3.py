@@ -9,7 +9,12 @@ from functools import cached_property
 from math import gcd, isqrt
 
 from paddlemix import machine
-from paddlemix.models.emu3.configuration_emu3 import Emu3Config, Emu3VisionVQConfig
+from paddlemix.models.emu3.configuration_emu3 import (
+    CONFIG_NAME,
+    GENERATION_CONFIG,
+    Emu3Config,
+    Emu3VisionVQConfig,
+)
 from paddlemix.models.emu3.hub import fetch, matching_vision_tokenizer
 from paddlemix.processors.emu3_processing import (
     CHAT_TEMPLATE,
@@ -23,7 +28,6 @@ from paddlemix.processors.emu3_processing import (
 from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor, psnr
 from paddlemix.utils import InputError
 
-GENERATION_CONFIG = "generation_config.json"
 # the original's values, where neither the caller nor the checkpoint's generation_config.json has others
 DEFAULTS = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 2048, "top_p": 1.0}
 
@@ -73,7 +77,8 @@ class Emu3Pipeline:
     @cached_property
     def defaults(self):
         """What is taken where a caller gives no guidance_scale, temperature, top_k or top_p."""
-        path = fetch(self.model_path, [], [GENERATION_CONFIG]) / GENERATION_CONFIG
+        _ = self.config  # of a mistyped name its message is the better one
+        path = fetch(self.model_path, [CONFIG_NAME]) / GENERATION_CONFIG
         try:
             values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             return {name: type(value)(values.get(name, value)) for name, value in DEFAULTS.items()}
@@ -350,10 +355,6 @@ class Generation:
             prompts, self.codes, self.pipeline.processor.grammar, negatives, self.values["guidance_scale"], sampling,
             drawn,
         )  # fmt: skip
-
-    def load(self):
-        """Read the weights now, not when the first step needs them."""
-        self.pipeline.load()
 
     @property
     def settings(self):

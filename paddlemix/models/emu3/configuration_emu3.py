@@ -14,6 +14,7 @@ from paddlemix.utils import InputError, write_atomically
 from .hub import fetch
 
 CONFIG_NAME = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 # how config.json says that the linear layers are quantized; a group is of inputs, -1 all of an output's
 QUANTIZATIONS = {"int8": {"bits": 8, "group_size": -1}, "int4": {"bits": 4, "group_size": 128}}
 
@@ -21,6 +22,7 @@ QUANTIZATIONS = {"int8": {"bits": 8, "group_size": -1}, "int4": {"bits": 4, "gro
 class _Config:
     model_type = None
     part = None  # which folder of emu3-mini it is in
+    files_beside = ()  # that are fetched with config.json where a checkpoint has them
     quantized_dtype = None  # "int8" or "int4" where the linear layers are
 
     def __init__(self, **values):
@@ -67,7 +69,7 @@ class _Config:
     @classmethod
     def from_pretrained(cls, name_or_path, **overrides):
         """Read config.json of a directory, a hub name or "emu3-mini". Overrides win over the file."""
-        path = fetch(name_or_path, [CONFIG_NAME], part=cls.part) / CONFIG_NAME
+        path = fetch(name_or_path, [CONFIG_NAME], cls.files_beside, cls.part) / CONFIG_NAME
         try:
             values = json.loads(path.read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError) as error:
@@ -102,6 +104,7 @@ class Emu3Config(_Config):
 
     model_type = "Emu3"
     part = "language_model"
+    files_beside = (GENERATION_CONFIG,)
 
     vocab_size = 184622
     hidden_size = 4096

@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 
 from paddlemix.external_ops import operators
-from paddlemix.external_ops.few_rows_linear import few_rows
+from paddlemix.external_ops.few_rows_linear import FEW_ROWS, few_rows
 from paddlemix.utils import InputError
 
 from .sampling import GREEDY, Noise, Sampling
@@ -248,6 +248,7 @@ class Batch:
             raise InputError(f"window must be 1 or more, got {window}")
         self.model, self.decoding, self.window = model, decoding, window
         self.on_cpu = is_on_cpu(model)
+        self.most = few_rows() if self.on_cpu else FEW_ROWS  # tokens of a pass that do not depend on each other
         self.cache, self.slots = None, {}  # of each sequence the slots of its rows
         self.waiting, self.running = deque(), []  # groups that joined together; sequences whose prompts are read
         self.forward_passes = 0  # that drew tokens
@@ -266,7 +267,7 @@ class Batch:
         if not sequences:
             return
         rows = [row for sequence in sequences for row in sequence.prompts]
-        length = max(sequence.length for sequence in sequences) + few_rows()  # a row may be filled up to another's new
+        length = max(sequence.length for sequence in sequences) + self.most  # a row may be filled up to another's new
         if self.cache is None:
             self.cache = self.model.make_cache(len(rows), length)
         slots = iter(self.cache.take(len(rows), length))
@@ -335,7 +336,7 @@ class Batch:
         groups, rows = [], math.inf
         for sequence in self.running:
             rows += len(sequence.prompts)
-            if 2 * rows > few_rows() and (self.on_cpu or not groups):
+            if 2 * rows > self.most and (self.on_cpu or not groups):
                 groups.append([])
                 rows = len(sequence.prompts)
             groups[-1].append(sequence)
@@ -344,7 +345,7 @@ class Batch:
     def _run(self, group):
         """One pass. Returns what `step` returns, of these sequences."""
         rows = sum(len(sequence.prompts) for sequence in group)
-        most = max(2, few_rows() // rows)
+        most = max(2, self.most // rows)
         window = min(choose_window(self.decoding, self.window, rows, self._cheap_rows()), most - 1)
         feeds = [sequence.feed(most, window) for sequence in group]
         new = max(len(ids) for ids, _ in feeds)
