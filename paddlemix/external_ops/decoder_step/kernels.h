@@ -13,7 +13,7 @@ SIMD_TARGET void rotate(const float* x, const float* cosine, const float* sine, 
 
 // x = silu(x) * up
 SIMD_TARGET inline void gate(float* x, const float* up, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) x[i] *= simd::sigmoid(x[i]) * up[i];
+  for (int64_t i = begin; i < end; ++i) x[i] *= simd::sigmoid<simd::SIMD::FUSED>(x[i]) * up[i];
 }
 
 }  // namespace SIMD
