@@ -1,5 +1,10 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// decoder_step.h includes it for each kind of vectors: the compiler makes them of these loops.
+// decoder_step.h includes it for each kind of vectors: the compiler makes them of these loops, which are the plain ones.
+// The layer that decoder_step.h makes of them:
+//
+//   q, k, v = linear(rms_norm(x)); rotate(q), rotate(k); k and v go into the cache
+//   x = x + linear(attention(q, the cache))
+//   x = x + linear(silu(gate) * up), gate, up = linear(rms_norm(x))
 namespace decoder_step {
 namespace SIMD {
 

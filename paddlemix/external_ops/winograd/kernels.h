@@ -1,5 +1,11 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// winograd.h includes it for each kind of vectors.
+// winograd.h includes it for each kind of vectors. The plain loop:
+//
+//   for each output o and input c: u[o][c] = G w[o][c] G'^T     // [4][4], once for all tiles
+//   for each tile of the picture:
+//     for each input c: v[c] = B^T x[c] B                        // [4][4] pixels
+//     for each output o: m = sum over c of u[o][c] * v[c]        // 16 products by places, as 16 products of matrices
+//                        out[o] = A^T m A + bias[o]
 namespace winograd {
 namespace SIMD {
 using namespace simd::SIMD;
