@@ -29,7 +29,7 @@ SIMD_TARGET inline void search_range(const Problem& p, int64_t begin, int64_t en
       float least = best[i - begin];
 #pragma omp simd reduction(min : least)
       for (int64_t j = 0; j < count; ++j) {
-        distances[j] = (p.latent_squares[i] + squares[j]) - 2 * distances[j];
+        distances[j] = simd::multiply_add<simd::SIMD::FUSED>(-2, distances[j], p.latent_squares[i] + squares[j]);
         least = distances[j] < least ? distances[j] : least;
       }
       if (least < best[i - begin]) {

@@ -19,10 +19,10 @@ SIMD_TARGET inline void transform_weights(const floats (&w)[3][3], const Matrix<
   for (int i = 0; i < 4; ++i) {
     floats row[3];
     for (int k = 0; k < 3; ++k)
-      row[k] = fill(rows[i][0]) * w[0][k] + fill(rows[i][1]) * w[1][k] + fill(rows[i][2]) * w[2][k];
+      row[k] = fma(fill(rows[i][2]), w[2][k], fma(fill(rows[i][1]), w[1][k], fill(rows[i][0]) * w[0][k]));
     for (int j = 0; j < 4; ++j)
       store(out + (4 * i + j) * stride,
-            fill(columns[j][0]) * row[0] + fill(columns[j][1]) * row[1] + fill(columns[j][2]) * row[2]);
+            fma(fill(columns[j][2]), row[2], fma(fill(columns[j][1]), row[1], fill(columns[j][0]) * row[0])));
   }
 }
 
