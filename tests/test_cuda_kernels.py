@@ -18,9 +18,11 @@ import pytest
 from paddle.utils import cpp_extension
 from test_norms import EPSILON, error, reference, tensor
 
-from paddlemix.external_ops import check_cuda
-
 ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / "tools"  # which conftest.py puts on sys.path
+
+import check_cuda
+
 OPS = ROOT / "paddlemix" / "external_ops"
 HOST = Path(__file__).parent / "cuda_on_host"
 SOURCES = sorted(str(path.relative_to(OPS)) for path in OPS.rglob("*.cu"))
@@ -164,7 +166,7 @@ def torch_python():
 
 def check_with(torch_python, library, *arguments):
     """What check_cuda.check gives of a library on a CPU: the rows of its table, and what is wrong."""
-    code = f"import ctypes, json, sys; sys.path.insert(0, {str(OPS)!r}); import check_cuda; "
+    code = f"import ctypes, json, sys; sys.path.insert(0, {str(TOOLS)!r}); import check_cuda; "
     code += f"print(json.dumps(check_cuda.check({library}, 'cpu')))"
     return json.loads(run(torch_python, "-c", code, *arguments))
 
@@ -187,7 +189,7 @@ def test_check_cuda_finds_what_is_wrong(torch_python):
 
 def said(python, **environment):
     """What check_cuda.py says where it can check nothing."""
-    done = subprocess.run([python, OPS / "check_cuda.py"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([python, TOOLS / "check_cuda.py"], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     return line

@@ -146,8 +146,8 @@ def test_a_cache_made_of_views(view):
     weights = [part.weight for part in norms], [part.weight for part in linears]
     key = paddle.zeros([3, 2, 8, 16])[:, :, ::2]
     with pytest.raises(InputError, match="contiguous"):
-        decoder_step(paddle.ones([3, 1, 96]), *weights, None, *[paddle.ones([1, 1, 1, 16])] * 2, key, key, paddle.to_tensor([3] * 3),
-                     None, 1e-5)
+        angles, lengths = [paddle.ones([1, 1, 1, 16])] * 2, paddle.to_tensor([3, 3, 3])
+        decoder_step(paddle.ones([3, 1, 96]), *weights, None, *angles, key, key, lengths, None, 1e-5)
 
 
 def test_the_operator_alone_refuses():

@@ -11,6 +11,7 @@ import pytest
 from conftest import golden, relative_error
 
 from paddlemix import external_ops
+from paddlemix.external_ops import few_rows_linear, winograd
 from paddlemix.models.emu3 import Emu3ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,11 +19,9 @@ COMPILED = external_ops.operators() is not None
 
 
 @pytest.fixture
-def without_operators(monkeypatch):
-    monkeypatch.setenv("EMU3_OPS", "0")
-    external_ops.operators.cache_clear()
-    yield
-    external_ops.operators.cache_clear()
+def without_operators():
+    with external_ops.without_operators():
+        yield
 
 
 def warning(tmp_path, **environment):
@@ -55,7 +54,45 @@ def test_missing_is_told_once(tmp_path, module, words):
     assert found == "False" and len(lines) == 1 and words in lines[0] and "make ops" in lines[0]
 
 
-@pytest.mark.skipif(not COMPILED, reason="the operators are not built: make ops")
+def test_the_switch():
+    found = external_ops.status()
+    with external_ops.without_operators(), external_ops.without_operators():
+        assert external_ops.operators() is None and external_ops.vectors() is None
+        assert external_ops.status() == (None, "are left out by without_operators()")
+    assert external_ops.status() == found and external_ops.operators() is found[0]
+
+
+def test_the_note_names_a_command_that_is_there(monkeypatch, tmp_path):
+    assert external_ops.build_command() == "make ops"
+    installed = tmp_path / "site-packages" / "paddlemix" / "external_ops" / "__init__.py"
+    monkeypatch.setattr(external_ops, "__file__", str(installed))
+    assert external_ops.build_command() == "python -m paddlemix.external_ops.build"
+
+
+needs_operators = pytest.mark.skipif(not COMPILED, reason="the operators are not built: make ops")
+
+
+@needs_operators
+@pytest.mark.parametrize("asked, most", [("plain", 0), ("avx2", 1), ("avx512", 2), (None, 3)])
+def test_vectors(monkeypatch, asked, most):
+    monkeypatch.delenv("EMU3_OPS_SIMD", raising=False)
+    best = external_ops.VECTORS.index(external_ops.vectors())
+    if asked:
+        monkeypatch.setenv("EMU3_OPS_SIMD", asked)
+    assert external_ops.vectors() == external_ops.VECTORS[min(best, most)]
+
+
+@needs_operators
+def test_numbers_that_both_languages_name():
+    library = external_ops._library()
+    assert library.emu3_ops_version() == external_ops.VERSION
+    assert library.emu3_ops_group() == few_rows_linear.GROUP
+    assert library.emu3_ops_few_rows() == few_rows_linear.FEW_ROWS
+    assert library.emu3_ops_winograd_inputs() == winograd.INPUTS
+    assert library.emu3_ops_winograd_outputs() == winograd.OUTPUTS
+
+
+@needs_operators
 def test_names_that_paddlenlp_imports():
     import fast_ln
     import fused_ln
@@ -94,6 +131,14 @@ def test_building_without_what_it_needs(tmp_path, options, environment, words):
         cwd=tmp_path, env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and words in run.stderr
+
+
+def test_the_build_command_names_what_is_missing(tmp_path):
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "CXX": "no-such-compiler"}
+    command = [sys.executable, "-W", "ignore", "-m", "paddlemix.external_ops.build"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout == ""
+    assert "external_ops: no C++ compiler 'no-such-compiler'" in run.stderr.splitlines()[-1]
 
 
 def test_every_source_is_packaged():

@@ -1,8 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Builds and installs the operators: `python setup.py install` in this folder, or `make ops` for .venv.
+"""Builds and installs the operators: `python setup.py install` in this folder; build.py does so in a temporary one.
 
-They are compiled for CUDA too where Paddle is a CUDA build and nvcc is found; for the architectures in
-PADDLE_CUDA_ARCH_LIST ("80;90"), else those of the cards that are there, else 8.0 and 9.0.
+They are compiled for CUDA too where Paddle is a CUDA build and nvcc is found, unless EMU3_OPS_CUDA=0 is set; for the
+architectures in PADDLE_CUDA_ARCH_LIST ("80;90"), else those of the cards that are there, else 8.0 and 9.0.
 """
 
 import os
@@ -40,7 +40,7 @@ def card_architectures():
     return ";".join(sorted({f"{major}{minor}" for major, minor in cards}))
 
 
-cuda = paddle.is_compiled_with_cuda() and nvcc() is not None
+cuda = os.environ.get("EMU3_OPS_CUDA") != "0" and paddle.is_compiled_with_cuda() and nvcc() is not None
 if cuda:  # Paddle's CUDAExtension makes nvcc's options of it
     os.environ["PADDLE_CUDA_ARCH_LIST"] = (
         os.environ.get("PADDLE_CUDA_ARCH_LIST") or card_architectures() or DEFAULT_ARCHITECTURES

@@ -66,18 +66,34 @@ inline __attribute__((always_inline)) float widen(float16 x) {
   return bit_cast<float>((bits >= 0x7c00 ? large : bit_cast<uint32_t>(small)) | sign);
 }
 
+// a * b + c; FUSED: rounded once, where the processor does that in one instruction
+template <bool FUSED>
+inline __attribute__((always_inline)) float multiply_add(float a, float b, float c) {
+  if constexpr (FUSED)
+    return __builtin_fmaf(a, b, c);
+  else
+    return a * b + c;
+}
+
 // e^x for x <= 88; less than 1e-37 for what is very negative.
+template <bool FUSED = false>
 inline __attribute__((always_inline)) float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
-  const float n = (x * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;  // to the nearest integer
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float y = ((r / 5040 + 1.0f / 720) * r + 1.0f / 120) * r + 1.0f / 24;  // a loop over these would stay scalar
-  y = (((y * r + 1.0f / 6) * r + 0.5f) * r + 1) * r + 1;
+  const float n = multiply_add<FUSED>(x, 1.44269504f, 0x1.8p23f) - 0x1.8p23f;  // to the nearest integer
+  const float r = multiply_add<FUSED>(n, 2.12194440e-4f, multiply_add<FUSED>(n, -0.693359375f, x));
+  float y = multiply_add<FUSED>(r, 1.0f / 5040, 1.0f / 720);
+  y = multiply_add<FUSED>(y, r, 1.0f / 120);  // a loop over these would stay scalar
+  y = multiply_add<FUSED>(y, r, 1.0f / 24);
+  y = multiply_add<FUSED>(y, r, 1.0f / 6);
+  y = multiply_add<FUSED>(y, r, 0.5f);
+  y = multiply_add<FUSED>(y, r, 1);
+  y = multiply_add<FUSED>(y, r, 1);
   return y * bit_cast<float>(((int32_t)n + 127) << 23);
 }
 
+template <bool FUSED = false>
 inline __attribute__((always_inline)) float sigmoid(float x) {
-  return 1.0f / (1.0f + exponential(x < -87.0f ? 87.0f : -x));
+  return 1.0f / (1.0f + exponential<FUSED>(x < -87.0f ? 87.0f : -x));
 }
 
 // A function for each number of rows from 1 to MOST: of[rows].
@@ -116,6 +132,7 @@ void in_tiles(int64_t count, int64_t most, F f) {
 namespace avx512 {
 using floats = __m512;
 constexpr int WIDTH = 16;
+constexpr bool FUSED = true;  // has instructions for a * b + c
 constexpr int TILE_ROWS = 6, TILE_OUTS = 4;  // of the product of two matrices: sums that the registers hold
 
 SIMD_INLINE floats fill(float x) { return _mm512_set1_ps(x); }
@@ -158,6 +175,7 @@ SIMD_INLINE void load(const uint8_t* p, nibbles n, floats& low, floats& high) {
 namespace avx2 {
 using floats = __m256;
 constexpr int WIDTH = 8;
+constexpr bool FUSED = true;
 constexpr int TILE_ROWS = 4, TILE_OUTS = 4;
 
 SIMD_INLINE floats fill(float x) { return _mm256_set1_ps(x); }
@@ -194,6 +212,7 @@ SIMD_INLINE void load(const uint8_t* p, nibbles n, floats& low, floats& high) {
 namespace plain {
 typedef float floats __attribute__((vector_size(16)));
 constexpr int WIDTH = 4;
+constexpr bool FUSED = false;
 constexpr int TILE_ROWS = 2, TILE_OUTS = 4;
 
 SIMD_INLINE floats fill(float x) { return floats{x, x, x, x}; }

@@ -31,7 +31,6 @@ struct Problem {
 
   int64_t group() const { return heads / kv_heads; }
   int64_t queries() const { return news * group(); }  // of a key head: those of a token one after the other
-  int64_t seen(int64_t row, int64_t query) const { return lengths[row] - news + 1 + query / group(); }
   // Where a query of a key head and a row lies in `query` and `out`.
   int64_t at(int64_t row, int64_t head, int64_t q) const {
     return ((row * news + q / group()) * heads + head * group() + q % group()) * dim;

@@ -62,7 +62,7 @@ SIMD_TARGET inline void weigh(float* scores, float& largest, float& total, float
   store(lanes, top);
   const float most = *std::max_element(lanes, lanes + WIDTH);
   for (int j = 0; j < BLOCK; ++j) {
-    const float weight = simd::exponential(scores[j] - most);
+    const float weight = simd::exponential<FUSED>(scores[j] - most);
     scores[j] = scores[j] == -INFINITY ? 0 : weight;
   }
   for (int j = 0; j < BLOCK; j += WIDTH) weights = fma(load(scores + j), fill(1), weights);
@@ -92,11 +92,13 @@ SIMD_TARGET void attend(const Problem& p, const Piece& piece, int64_t width) {
   const bool in_place = width == p.dim;
   std::vector<float> query(queries * width), scores(queries * BLOCK);
   std::vector<T> tiles(in_place ? 0 : BLOCK * width);  // values up to whole tiles
+  std::vector<int64_t> ends(queries);                  // of the keys that a query sees
   const float scale = 1 / std::sqrt((float)p.dim);
   for (int64_t q = 0; q < queries; ++q) {
     const float* from = p.query + p.at(row, piece.head, q);
     for (int64_t i = 0; i < p.dim; ++i) query[q * width + i] = from[i] * scale;
     piece.largest[q] = -INFINITY;
+    ends[q] = length - p.news + 1 + q / p.group();
   }
   constexpr auto SCORE = simd::by_rows<TILE_ROWS>([](auto r) { return score<decltype(r)::value, T>; });
   constexpr auto MIX = simd::by_rows<TILE_ROWS>([](auto r) { return mix<decltype(r)::value, T>; });
@@ -104,7 +106,7 @@ SIMD_TARGET void attend(const Problem& p, const Piece& piece, int64_t width) {
     const int count = std::min<int64_t>(BLOCK, piece.end - begin);
     const T *key = keys + begin * p.dim, *value = values + begin * p.dim;
     const int64_t ahead = begin + BLOCK < length ? BLOCK * p.dim : 0;
-    const auto seen = [&](int64_t q) { return (int)std::min<int64_t>(p.seen(row, q) - begin, count); };
+    const auto seen = [&](int64_t q) { return (int)std::min<int64_t>(ends[q] - begin, count); };
     const int64_t first = std::max<int64_t>(0, begin - (length - p.news)) * p.group();  // query that sees some of it
     simd::in_tiles(queries - first, TILE_ROWS, [&](int64_t q, int64_t rows) {
       q += first;

@@ -1,5 +1,10 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// decoder_step.h includes it for each kind of vectors: the compiler makes them of these loops.
+// decoder_step.h includes it for each kind of vectors: the compiler makes them of these loops, which are the plain ones.
+// The layer that decoder_step.h makes of them:
+//
+//   q, k, v = linear(rms_norm(x)); rotate(q), rotate(k); k and v go into the cache
+//   x = x + linear(attention(q, the cache))
+//   x = x + linear(silu(gate) * up), gate, up = linear(rms_norm(x))
 namespace decoder_step {
 namespace SIMD {
 
@@ -13,7 +18,7 @@ SIMD_TARGET void rotate(const float* x, const float* cosine, const float* sine, 
 
 // x = silu(x) * up
 SIMD_TARGET inline void gate(float* x, const float* up, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) x[i] *= simd::sigmoid(x[i]) * up[i];
+  for (int64_t i = begin; i < end; ++i) x[i] *= simd::sigmoid<simd::SIMD::FUSED>(x[i]) * up[i];
 }
 
 }  // namespace SIMD

@@ -63,9 +63,16 @@ std::vector<Tensor> forward(const Tensor& x, const Tensor& scale, const Tensor* 
   with_types(x, scale, [&](auto a, auto b) {
     using X = decltype(a);
     using W = decltype(b);
-    norm::forward<X, W>({(const X*)x.data(), (const W*)scale.data(), (const W*)pointer(bias), means,
-                         invvar.data<float>(), rows, cols, epsilon},
-                        (W*)y.data());
+    norm::Problem<X, W> p{};
+    p.x = (const X*)x.data();
+    p.scale = (const W*)scale.data();
+    p.bias = (const W*)pointer(bias);
+    p.mean = means;
+    p.invvar = invvar.data<float>();
+    p.rows = rows;
+    p.cols = cols;
+    p.epsilon = epsilon;
+    norm::forward(p, (W*)y.data());
   });
   return {y, mean, invvar};
 }
@@ -96,9 +103,14 @@ std::vector<Tensor> backward(const Tensor& x, const Tensor& scale, const Tensor*
   with_types(x, scale, [&](auto a, auto b) {
     using X = decltype(a);
     using W = decltype(b);
-    norm::backward<X, W>({(const X*)x.data(), (const W*)scale.data(), nullptr, const_cast<float*>(means),
-                          const_cast<float*>(invvar.data<float>()), rows, cols, 0},
-                         (const W*)dy.data(), (X*)dx.data(), (W*)dscale.data(), (W*)pointer(dbias_pointer));
+    norm::Problem<X, W> p{};
+    p.x = (const X*)x.data();
+    p.scale = (const W*)scale.data();
+    p.mean = const_cast<float*>(means);
+    p.invvar = const_cast<float*>(invvar.data<float>());
+    p.rows = rows;
+    p.cols = cols;
+    norm::backward(p, (const W*)dy.data(), (X*)dx.data(), (W*)dscale.data(), (W*)pointer(dbias_pointer));
   });
   return {dx, dscale, dbias};
 }

@@ -1,5 +1,11 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// Rows and columns of norm.h, which includes this for each kind of vectors: the compiler makes them of these loops.
+// Rows and columns of norm.h, which includes this for each kind of vectors: the compiler makes them of these loops,
+// which are the plain ones:
+//
+//   for each row:
+//     mean = sum(x) / cols, 0 for RMS norm
+//     rstd = 1 / sqrt(sum((x - mean)^2) / cols + epsilon)
+//     for each column c: y[c] = (x[c] - mean) * rstd * scale[c] + bias[c]
 namespace norm {
 namespace SIMD {
 

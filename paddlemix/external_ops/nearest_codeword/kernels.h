@@ -1,5 +1,11 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// nearest_codeword.h includes this for each kind of vectors: the compiler makes them of these loops.
+// nearest_codeword.h includes this for each kind of vectors: the compiler makes them of these loops. The plain loop:
+//
+//   for each latent i:
+//     for each codeword j: distance[j] = |latent i|^2 + |codeword j|^2 - 2 latent i . codeword j
+//     code[i] = the first j of the least distance
+//
+// in blocks of codewords, which a thread's positions use together.
 namespace nearest_codeword {
 namespace SIMD {
 
@@ -18,12 +24,12 @@ SIMD_TARGET inline void search_range(const Problem& p, int64_t begin, int64_t en
       for (int64_t d = 0; d < p.dim; ++d) {
         const float* codewords = p.codebook + d * p.size + first;
 #pragma omp simd
-        for (int64_t j = 0; j < count; ++j) distances[j] += x[d] * codewords[j];
+        for (int64_t j = 0; j < count; ++j) distances[j] = simd::multiply_add<simd::SIMD::FUSED>(x[d], codewords[j], distances[j]);
       }
       float least = best[i - begin];
 #pragma omp simd reduction(min : least)
       for (int64_t j = 0; j < count; ++j) {
-        distances[j] = (p.latent_squares[i] + squares[j]) - 2 * distances[j];
+        distances[j] = simd::multiply_add<simd::SIMD::FUSED>(-2, distances[j], p.latent_squares[i] + squares[j]);
         least = distances[j] < least ? distances[j] : least;
       }
       if (least < best[i - begin]) {

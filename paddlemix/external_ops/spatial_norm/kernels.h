@@ -1,7 +1,16 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// spatial_norm.h includes it for each kind of vectors: the compiler makes them of these loops.
+// spatial_norm.h includes it for each kind of vectors: the compiler makes them of these loops. The plain loop:
+//
+//   for each group of channels: mean and variance over all pixels
+//   for each pixel and channel c:
+//     v = (x - mean) / sqrt(variance + epsilon) * weight[c] + bias[c]
+//     v = v * scale + shift            // of the latent's pixel below, where they are given
+//     out = v * sigmoid(v), or v
 namespace spatial_norm {
 namespace SIMD {
+using simd::multiply_add;
+using simd::sigmoid;
+using simd::SIMD::FUSED;
 
 // Of each channel of `count` pixels: the mean, and the sum of squared distances from it. Sums are of distances from the
 // first pixel, which keeps them small.
@@ -13,7 +22,7 @@ SIMD_TARGET inline void moments(const float* x, int64_t count, int64_t channels,
     for (int64_t c = 0; c < channels; ++c) {
       const float d = row[c] - x[c];
       mean[c] += d;
-      squares[c] += d * d;
+      squares[c] = multiply_add<FUSED>(d, d, squares[c]);
     }
   }
   for (int64_t c = 0; c < channels; ++c) {
@@ -27,9 +36,9 @@ template <bool LATENT, bool SILU>
 SIMD_TARGET void apply_row(const float* x, const float* mean, const float* slope, const float* bias,
                            const float* scale, const float* shift, int64_t channels, float* out) {
   for (int64_t c = 0; c < channels; ++c) {
-    float v = (x[c] - mean[c]) * slope[c] + bias[c];
-    if (LATENT) v = v * scale[c] + shift[c];
-    out[c] = SILU ? v * simd::sigmoid(v) : v;
+    float v = multiply_add<FUSED>(x[c] - mean[c], slope[c], bias[c]);
+    if (LATENT) v = multiply_add<FUSED>(v, scale[c], shift[c]);
+    out[c] = SILU ? v * sigmoid<FUSED>(v) : v;
   }
 }
 

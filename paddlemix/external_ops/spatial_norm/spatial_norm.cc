@@ -27,9 +27,21 @@ void SpatialNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, cons
                  is_float(*shift, latent),
              "scale and shift must be float32, of a whole fraction of x's height and width");
   }
-  spatial_norm::compute({x.data<float>(), weight.data<float>(), bias.data<float>(),
-                         scale ? scale->data<float>() : nullptr, scale ? shift->data<float>() : nullptr,
-                         out.data<float>(), shape[0], shape[1], channels, groups, times, epsilon, silu});
+  spatial_norm::Problem p{};
+  p.x = x.data<float>();
+  p.weight = weight.data<float>();
+  p.bias = bias.data<float>();
+  p.scale = scale ? scale->data<float>() : nullptr;
+  p.shift = scale ? shift->data<float>() : nullptr;
+  p.out = out.data<float>();
+  p.height = shape[0];
+  p.width = shape[1];
+  p.channels = channels;
+  p.groups = groups;
+  p.times = times;
+  p.epsilon = epsilon;
+  p.silu = silu;
+  spatial_norm::compute(p);
 }
 
 }  // namespace

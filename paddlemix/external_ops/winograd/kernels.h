@@ -1,5 +1,11 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// winograd.h includes it for each kind of vectors.
+// winograd.h includes it for each kind of vectors. The plain loop:
+//
+//   for each output o and input c: u[o][c] = G w[o][c] G'^T     // [4][4], once for all tiles
+//   for each tile of the picture:
+//     for each input c: v[c] = B^T x[c] B                        // [4][4] pixels
+//     for each output o: m = sum over c of u[o][c] * v[c]        // 16 products by places, as 16 products of matrices
+//                        out[o] = A^T m A + bias[o]
 namespace winograd {
 namespace SIMD {
 using namespace simd::SIMD;
@@ -13,10 +19,10 @@ SIMD_TARGET inline void transform_weights(const floats (&w)[3][3], const Matrix<
   for (int i = 0; i < 4; ++i) {
     floats row[3];
     for (int k = 0; k < 3; ++k)
-      row[k] = fill(rows[i][0]) * w[0][k] + fill(rows[i][1]) * w[1][k] + fill(rows[i][2]) * w[2][k];
+      row[k] = fma(fill(rows[i][2]), w[2][k], fma(fill(rows[i][1]), w[1][k], fill(rows[i][0]) * w[0][k]));
     for (int j = 0; j < 4; ++j)
       store(out + (4 * i + j) * stride,
-            fill(columns[j][0]) * row[0] + fill(columns[j][1]) * row[1] + fill(columns[j][2]) * row[2]);
+            fma(fill(columns[j][2]), row[2], fma(fill(columns[j][1]), row[1], fill(columns[j][0]) * row[0])));
   }
 }
 

@@ -19,8 +19,18 @@ void WinogradConv(const Tensor& x, const Tensor& weight, const Tensor& bias, Ten
   PD_CHECK(is_float(bias, {w[0]}), "bias must be float32 on a CPU, [out]");
   PD_CHECK(is_float(out, {times * pixels[0], times * pixels[1], w[0]}),
            "out must be float32 on a CPU, [height, width, out] of the result");
-  winograd::convolve({x.data<float>(), weight.data<float>(), bias.data<float>(), out.data<float>(), pixels[0], pixels[1],
-                      w[1], w[0], doubled, add});
+  winograd::Problem p{};
+  p.x = x.data<float>();
+  p.weight = weight.data<float>();
+  p.bias = bias.data<float>();
+  p.out_pixels = out.data<float>();
+  p.height = pixels[0];
+  p.width = pixels[1];
+  p.in = w[1];
+  p.out = w[0];
+  p.doubled = doubled;
+  p.add = add;
+  winograd::convolve(p);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Checks the CUDA kernels of this folder on a card and times them; needs nvcc and PyTorch, but not Paddle.
+"""Checks the CUDA kernels of paddlemix/external_ops on a card and times them; needs nvcc and PyTorch, but not Paddle.
 
-    python paddlemix/external_ops/check_cuda.py
+    python tools/check_cuda.py
 
 It builds them for PADDLE_CUDA_ARCH_LIST ("80;90"), else for the card; compares values and gradients with float64, on
 tails, pointers that are not aligned, and few and many rows; and gives the bytes a second that a kernel cannot do
@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError:
     torch = None
 
-HERE = Path(__file__).resolve().parent
+OPS = Path(__file__).resolve().parents[1] / "paddlemix" / "external_ops"
 TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # as in norm_cuda.h
 ROUNDING = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}  # of the largest number; sums are of float32
 NORM_TYPES = [("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"),
@@ -74,8 +74,8 @@ def architectures_asked():
 
 def build_command(nvcc, architectures, library):
     codes = [word for sm in architectures for word in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
-    flags = ["-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", f"-I{HERE}"]
-    return [nvcc, *flags, *codes, *map(str, sorted(HERE.glob("*/*.cu"))), "-o", str(library)]
+    flags = ["-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", f"-I{OPS}"]
+    return [nvcc, *flags, *codes, *map(str, sorted(OPS.glob("*/*.cu"))), "-o", str(library)]
 
 
 def guarded(values, dtype, device, offset):
