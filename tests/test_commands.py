@@ -246,8 +246,8 @@ def test_a_card_that_is_not_there_is_refused(monkeypatch):
 
 
 def drawing(folder, *arguments):
-    """A drawing of 24 x 24 tokens in a process of its own, when it has kept its first row."""
-    line = f"{DRAW.replace('720', '192').replace('bfloat16', 'float32')} --seed=1 {' '.join(arguments)}"
+    """A drawing of 16 x 16 tokens in a process of its own, when it has kept its first row."""
+    line = f"{DRAW.replace('720', '128').replace('bfloat16', 'float32')} --seed=1 {' '.join(arguments)}"
     process = subprocess.Popen(
         f"exec {sys.executable} {EXAMPLES}/{line}", shell=True, cwd=folder, stdout=subprocess.PIPE, text=True,
         stderr=subprocess.PIPE,
@@ -269,17 +269,17 @@ def test_an_interrupted_drawing_is_resumed(command, folder, ending):
         message = "interrupted: the same command with --resume goes on from result_0.tokens.npz"
         assert process.returncode == 130 and err.strip() == message
         for other, word in (["--seed=2"], "seed"), (["--prompt=x"], "prompt"), (["--top_k=3"], "its top_k is 2048"):
-            refused(draw(command, "--prompt=a portrait of young girl.", *other, "--resume", size=192), folder, word)
+            refused(draw(command, "--prompt=a portrait of young girl.", *other, "--resume", size=128), folder, word)
         (folder / "result_7.tokens.npz").write_text("torn")
-        refused(draw(command, "--resume", size=192), folder, "result_7.tokens.npz is damaged")
+        refused(draw(command, "--resume", size=128), folder, "result_7.tokens.npz is damaged")
         (folder / "result_7.tokens.npz").unlink()
     else:
         assert process.returncode == -ending and err == ""
-    code, out, _ = draw(command, "--resume", "--stats_json=stats.json", size=192)
+    code, out, _ = draw(command, "--resume", "--stats_json=stats.json", size=128)
     assert code == 0 and "with seed 1" in out and "going on after" in out
-    assert json.loads((folder / "stats.json").read_text())["forward_passes"] < 24 * 24
+    assert json.loads((folder / "stats.json").read_text())["forward_passes"] < 16 * 16
     assert not (folder / "result_0.tokens.npz").exists()
-    code, out, err = draw(command, "--resume", "--seed=1", size=192)
+    code, out, err = draw(command, "--resume", "--seed=1", size=128)
     assert code == 0 and err == "note: nothing to resume in .: starting\n" and "going on" not in out
     resumed, whole = (np.asarray(Image.open(folder / f"result_{i}.png")) for i in range(2))
     assert (resumed == whole).all()

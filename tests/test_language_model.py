@@ -1,11 +1,14 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The language model against the original's numbers, and against itself another way."""
 
+import contextlib
+
 import numpy as np
 import paddle
 import pytest
 from conftest import golden, relative_error
 
+from paddlemix import external_ops
 from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, Emu3Model, attention
 from paddlemix.models.emu3 import cache as cache_module
 from paddlemix.models.emu3 import modeling_emu3 as modeling
@@ -78,6 +81,31 @@ def test_a_cache_grows_in_blocks(language_model, monkeypatch):
     assert capacities == [8, 8, 16, 20]
     whole = logits_of(language_model, IDS, MASK)
     assert relative_error(np.concatenate(pieces, axis=1)[:, 7:], whole[:, 7:]) < 1e-5
+
+
+@pytest.mark.parametrize("new", [1, 5])
+@pytest.mark.parametrize("way", [contextlib.nullcontext, external_ops.without_operators])
+def test_a_padded_row_through_the_cache(language_model, monkeypatch, way, new):
+    """Few tokens over the cache, one row left-padded, against all tokens at once."""
+    ids = paddle.to_tensor(np.random.default_rng(0).integers(0, 200, [2, 40]))
+    mask = paddle.ones_like(ids)
+    mask[0, :7] = 0
+    monkeypatch.setattr(Emu3Model, "_has_step", lambda *_: False)
+    with way():
+        whole = logits_of(language_model, ids, mask)
+        cache = language_model.make_cache(2, 40)
+        pieces = [logits_of(language_model, ids[:, :20], mask[:, :20], past_key_values=cache)]
+        for end in range(20 + new, 41, new):
+            pieces.append(
+                logits_of(language_model, ids[:, end - new : end], mask[:, :end], past_key_values=cache)
+            )  # fmt: skip
+    assert relative_error(np.concatenate(pieces, axis=1)[:, 7:], whole[:, 7:]) < 1e-5
+
+
+def test_a_gradient_goes_another_way(language_model, monkeypatch):
+    monkeypatch.setattr(attention, "cached_attention", None)
+    language_model(paddle.to_tensor([[1, 2, 3]]), labels=paddle.to_tensor([[1, 2, 3]])).loss.backward()
+    language_model.clear_gradients()
 
 
 def test_the_cache_that_forward_gives_grows(language_model):

@@ -191,8 +191,9 @@ def test_it_is_small_and_whole():
     assert sum(names.values()) <= 32 << 20
     assert names.keys() == {
         "README.md", "language_model/config.json", "language_model/emu3.tiktoken",
-        "language_model/emu3_vision_tokens.txt", "language_model/generation_config.json", "language_model/model.safetensors",
-        "language_model/tokenizer_config.json", "vision_tokenizer/config.json", "vision_tokenizer/model.safetensors",
+        "language_model/emu3_vision_tokens.txt", "language_model/generation_config.json",
+        "language_model/model.safetensors", "language_model/tokenizer_config.json",
+        "vision_tokenizer/config.json", "vision_tokenizer/model.safetensors",
         "vision_tokenizer/preprocessor_config.json",
     }  # fmt: skip
     assert json.loads((MINI_DIRECTORY / "vision_tokenizer" / "config.json").read_text())["codebook_size"] >= 512

@@ -95,12 +95,15 @@ class Emu3DecoderLayer(nn.Layer):
 
     def is_plain(self):
         """Whether the layer is as it was made: then decoder_step computes the same."""
-        norms, linears = self._parts()
-        return (
+        if not (
             _is_plain(self, Emu3DecoderLayer)
             and _is_plain(self.self_attn, Emu3Attention)
             and _is_plain(self.mlp, Emu3MLP)
-            and all(_is_plain(part, Emu3RMSNorm) and part.weight.dtype != paddle.float64 for part in norms)
+        ):
+            return False
+        norms, linears = self._parts()
+        return (
+            all(_is_plain(part, Emu3RMSNorm) and part.weight.dtype != paddle.float64 for part in norms)
             and all(_is_plain(part, Emu3Linear) for part in linears)
             and len({part.weight.dtype for part in linears}) == len({part.eps for part in norms}) == 1
         )
