@@ -125,7 +125,7 @@ class Drawing:
     def look_ahead(self):
         """Make the noise of the next pass, while this one is computed."""
         start = self._next() - 1
-        self.noise.make(start, min(start + 1 + self.window + Noise.AHEAD, len(self.ids) - 1))
+        self.noise.make(start, min(start + 2 + 2 * self.window, len(self.ids) - 1))
 
     def pick(self, logits, noise):
         """Logits float32 [rows, picked, tokens] -> ids int64 [picked]"""

@@ -73,15 +73,13 @@ GREEDY = Sampling(top_k=1)
 
 
 class Noise:
-    """Sampling's noise for one sequence, made some positions at a time, so that a device need not wait for it.
+    """Sampling's noise for one sequence, each position's made once, ahead of its use where there is time.
 
     Args:
         sampling: Sampling.
         number: of the picture or answer in its request.
         size: tokens to choose from.
     """
-
-    AHEAD = 8  # positions
 
     def __init__(self, sampling, number, size):
         self.sampling, self.number, self.size = sampling, number, size
@@ -96,8 +94,9 @@ class Noise:
 
     def make(self, start, stop):
         """Make the noise of these positions; that of earlier ones is not needed any more."""
-        if not self.sampling.is_greedy:
-            self.made = {
-                p: self.made[p] if p in self.made else self.sampling.noise(self.number, p, self.size)
-                for p in range(start, stop)
-            }
+        if self.sampling.is_greedy:
+            return
+        self.made = {position: noise for position, noise in self.made.items() if position >= start}
+        for position in range(start, stop):
+            if position not in self.made:
+                self.made[position] = self.sampling.noise(self.number, position, self.size)
