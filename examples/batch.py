@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Requests that join a running batch, as in a service: python examples/batch.py"""
 
-from paddlemix.models.emu3.decoding import Batch, Drawing
+from paddlemix.models.emu3 import Batch, Drawing
 from paddlemix.models.emu3.sampling import Sampling
 from paddlemix.pipelines import Emu3Pipeline
 

@@ -10,9 +10,8 @@ from conftest import write_checkpoint
 from test_generation import GRAMMAR, NEGATIVE, PROMPTS
 
 from paddlemix import external_ops
-from paddlemix.models.emu3 import Emu3ForCausalLM, cache, decoding
-from paddlemix.models.emu3.decoding import Answer, Batch, Drawing
-from paddlemix.models.emu3.sampling import GREEDY, Sampling
+from paddlemix.models.emu3 import Answer, Batch, Drawing, Emu3ForCausalLM, Sampling, cache, decoding
+from paddlemix.models.emu3.sampling import GREEDY
 
 
 class RecordedDrawing(Drawing):

@@ -4,7 +4,6 @@
 import json
 import secrets
 import time
-from dataclasses import dataclass
 from functools import cached_property
 from math import gcd, isqrt
 
@@ -23,10 +22,11 @@ from paddlemix.processors.emu3_processing import (
     Emu3Processor,
     check_chat_template,
     generate_size,
-    largest_size,
 )
-from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor, psnr
+from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor
 from paddlemix.utils import InputError
+
+from .steps import Generation, Reconstruction, Understanding
 
 # the original's values, where neither the caller nor the checkpoint's generation_config.json has others
 DEFAULTS = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 2048, "top_p": 1.0}
@@ -166,8 +166,7 @@ class Emu3Pipeline:
         Raises:
             InputError: values that cannot be, before anything is loaded; then what loading raises.
         """
-        from paddlemix.models.emu3.decoding import check_guidance_scale
-        from paddlemix.models.emu3.sampling import Sampling
+        from paddlemix.models.emu3.sampling import Sampling, check_guidance_scale
 
         given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         given = {name: value for name, value in given.items() if value is not None}
@@ -302,186 +301,3 @@ class Emu3Pipeline:
         )
         for original, image in zip(originals, images, strict=True):
             yield Reconstruction(original, image, codes[0], *(s / len(images) for s in seconds))
-
-
-@dataclass
-class Reconstruction:
-    """A picture that went through the vision tokenizer.
-
-    `original` is the PIL picture as it was encoded, `image` the decoded one, `codes` int64 [h, w] (of a video's frame
-    [1, h, w], of its clip); seconds are of this frame alone.
-    """
-
-    original: object
-    image: object
-    codes: object
-    encode_s: float
-    decode_s: float
-
-    @property
-    def psnr(self):
-        """Peak signal-to-noise ratio in dB."""
-        return psnr(self.original, self.image)
-
-
-class Generation:
-    """Pictures that are being drawn. Iterating draws them; each step gives how many tokens were gained.
-
-    `sizes` are (height, width) in pixels, `seed` and `settings` what decides the pictures, `tokens` how many there are
-    in all, `notes` what a user should know, `forward_passes` how many the drawing took.
-    """
-
-    def __init__(self, pipeline, prompts, ratios, positive, negatives, negative_prompt, values, seed, decoding):
-        self.pipeline, self.decoding, self.seed, self.values = pipeline, decoding, seed, values
-        self.prompts, self.ratios, self.negative_prompt = prompts, ratios, negative_prompt
-        self.codes = [tuple(size) for size in positive["image_size"]]
-        self.rows = positive["input_ids"], negatives
-        self.factor = pipeline.processor.vision_tokenizer.spatial_scale_factor
-        self.sizes = [(h * self.factor, w * self.factor) for h, w in self.codes]
-        self.notes = list(dict.fromkeys(filter(None, map(self._note, range(len(prompts))))))
-        self.forward_passes = 0
-        self.drawings = None
-        self.resume()
-
-    def resume(self, drawn=None, seed=None):
-        """Begin, or go on with what `drawn` gave in an earlier process, of the same settings and this seed."""
-        from paddlemix.models.emu3.generation_emu3 import make_drawings
-        from paddlemix.models.emu3.sampling import Sampling
-
-        self.seed = self.seed if seed is None else seed
-        sampling = Sampling(**{k: v for k, v in self.values.items() if k != "guidance_scale"}, seed=self.seed)
-        prompts, negatives = self.rows
-        self.drawings = make_drawings(
-            prompts, self.codes, self.pipeline.processor.grammar, negatives, self.values["guidance_scale"], sampling,
-            drawn,
-        )  # fmt: skip
-
-    @property
-    def settings(self):
-        """What decides the pictures, as JSON has it, but for the checkpoint."""
-        return {
-            "prompt": self.prompts, "negative_prompt": self.negative_prompt, "size": [list(s) for s in self.codes],
-            "seed": self.seed, **self.values, "dtype": self.pipeline.model.weight_dtype,
-        }  # fmt: skip
-
-    def metadata(self, i):
-        """What belongs into the file of picture `i`: all that is needed to draw it again."""
-        return {
-            "prompt": self.prompts[i], "negative_prompt": self.negative_prompt, "ratio": self.ratios[i],
-            "seed": self.seed, "image": i, "images": len(self.prompts), **self.values,
-            "model_path": self.pipeline.model_path, "vq_model_path": self.pipeline.vq_model_path,
-            "dtype": self.pipeline.model.weight_dtype,
-        }  # fmt: skip
-
-    @property
-    def tokens(self):
-        return sum(drawing.tokens for drawing in self.drawings)
-
-    @property
-    def gained(self):
-        """Tokens that are drawn up to now."""
-        return sum(drawing.gained for drawing in self.drawings)
-
-    def drawn(self):
-        """The tokens of each picture up to now: a list of int64 [positions], as `resume` takes them."""
-        return [drawing.drawn() for drawing in self.drawings]
-
-    @property
-    def rows_drawn(self):
-        """Rows of codes that are drawn, of all pictures."""
-        return sum(drawing.rows for drawing in self.drawings)
-
-    def __iter__(self):
-        from paddlemix.models.emu3.decoding import Batch
-
-        batch = Batch(self.pipeline.model, self.decoding)
-        batch.join(*self.drawings)
-        while batch:
-            gained = sum(tokens for _, tokens in batch.step())
-            self.forward_passes = batch.forward_passes
-            yield gained
-
-    def images(self):
-        """The PIL pictures, grey where nothing is drawn yet."""
-        from PIL import Image
-
-        images = []
-        for drawing, (height, width) in zip(self.drawings, self.sizes, strict=True):
-            codes = drawing.codes()
-            image = self.pipeline.processor.decode_image(codes) if len(codes) else None
-            if image is None or image.height < height:
-                whole = Image.new("RGB", (width, height), "grey")
-                if image is not None:
-                    whole.paste(image, (0, 0))
-                image = whole
-            images.append(image)
-        return images
-
-    def _note(self, i):
-        """Positions beyond those of the training give poor pictures: which size does not."""
-        grammar, limit = self.pipeline.processor.grammar, self.pipeline.config.max_position_embeddings
-        (h, w), length = self.codes[i], len(self.rows[0][i])
-        needed = length + grammar.num_tokens(h, w)
-        if needed <= limit:
-            return None
-        best = largest_size(self.ratios[i], limit - length, grammar, self.factor)
-        advice = "no picture fits"
-        if best:
-            height, width = (side * self.factor for side in best)
-            advice = f"the largest at {self.ratios[i]} that fits is --height={height} --width={width}"
-        pixels = f"{w * self.factor} x {h * self.factor} pixels"
-        return f"{pixels} take {needed} tokens, the model has {limit} positions; {advice}"
-
-
-class Understanding:
-    """Answers that are being written. Iterating writes them; each step gives a list of new texts, one an answer.
-
-    A text holds whole characters. `texts` are the answers up to now, `tokens` how many they have, `ended` which are
-    complete, `notes` what a user should know, `encode_s` the seconds that the pictures took.
-    """
-
-    def __init__(self, pipeline, images, questions, max_new_tokens, sampling):
-        from paddlemix.models.emu3.decoding import Answer
-
-        self.pipeline, self.notes, self.forward_passes = pipeline, [], 0
-        pipeline.load()  # before the clock starts
-        start = time.perf_counter()
-        prompts = pipeline.processor(questions, images, mode="U")["input_ids"]
-        self.encode_s = time.perf_counter() - start
-        length, limit = max(map(len, prompts)), pipeline.config.max_position_embeddings
-        if max_new_tokens is None:
-            max_new_tokens = min(1024, max(1, limit - length))
-        if length + max_new_tokens > limit:
-            self.notes.append(
-                f"prompt and answer take up to {length + max_new_tokens} tokens, the model has {limit} positions: "
-                "lower --max_new_tokens"
-            )
-        self.answers = [
-            Answer(prompt, max_new_tokens, pipeline.config, sampling, i) for i, prompt in enumerate(prompts)
-        ]
-        self.texts = [""] * len(prompts)
-
-    @property
-    def tokens(self):
-        return sum(len(answer.ids) for answer in self.answers)
-
-    @property
-    def ended(self):
-        return [answer.is_done for answer in self.answers]
-
-    def __iter__(self):
-        from paddlemix.models.emu3.decoding import Batch
-
-        batch = Batch(self.pipeline.model)
-        batch.join(*self.answers)
-        while batch:
-            batch.step()
-            self.forward_passes = batch.forward_passes
-            yield [self._new_text(i) for i in range(len(self.answers))]
-
-    def _new_text(self, i):
-        text = self.pipeline.processor.tokenizer.decode(self.answers[i].ids, skip_special_tokens=True)
-        if not self.answers[i].is_done:
-            text = text.rstrip("\ufffd")  # a character's other bytes may come yet
-        new, self.texts[i] = text[len(self.texts[i]) :], text
-        return new

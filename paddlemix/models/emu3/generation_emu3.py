@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from paddlemix.utils import InputError
 
-from .decoding import Answer, Batch, Drawing
+from .decoding import Batch
 from .sampling import GREEDY
+from .sequences import Answer, Drawing
 
 
 @dataclass

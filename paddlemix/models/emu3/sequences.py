@@ -1,0 +1,208 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""What is decoded: a picture or an answer. Each knows its prompts, its tokens and its sampling, and no other's.
+
+A `Batch` asks a sequence in every step: `feed` what the next forward pass reads of it, `draws` noise, `pick` ids from
+logits, `accept` them.
+"""
+
+import numpy as np
+
+from paddlemix.utils import InputError
+
+from .sampling import GREEDY, Noise, Sampling, check_guidance_scale
+
+
+class Drawing:
+    """One picture: its tokens, drawn one after the other, between those that the grammar forces.
+
+    With guidance (Ho and Salimans, arXiv 2207.12598) it takes two rows of a pass, with and without the prompt, and the
+    logits are scale * (cond - uncond) + uncond. Only the visual tokens' rows of the head are computed, and what the
+    grammar forces takes no pass of its own.
+
+    Args:
+        prompt: token ids that end with the image token (Emu3Processor, mode "G").
+        size: (h, w) in codes.
+        grammar: ImageGrammar.
+        negative_prompt: as prompt; what guidance leads away from. Needed unless guidance_scale is 1.
+        guidance_scale: 1 is no guidance.
+        sampling: Sampling.
+        number: of the picture in its request: another number gives another picture for the same seed.
+        drawn: int64 [positions], what `drawn()` gave of this very picture before: it is gone on with.
+
+    Raises:
+        InputError: a prompt, a size, a scale or `drawn` that cannot be.
+    """
+
+    def __init__(
+        self, prompt, size, grammar, negative_prompt=None, guidance_scale=3.0, sampling=None, number=0, drawn=None
+    ):
+        check_guidance_scale(guidance_scale)
+        guided = guidance_scale != 1
+        self.prompts = [prompt, negative_prompt] if guided else [prompt]
+        if not all(row and row[-1] == grammar.img for row in self.prompts):
+            raise InputError(
+                "a drawing prompt, and with guidance a negative prompt, must end with the image token: make it with "
+                "Emu3Processor, mode='G'"
+            )
+        if min(size) < 1:
+            raise InputError(f"a picture has at least one row and one column of tokens, got {tuple(size)}")
+        self.size, self.grammar, self.guidance_scale, self.number = size, grammar, guidance_scale, number
+        self.sampling = sampling or Sampling()
+        self.head = grammar.first_visual, grammar.first_visual + grammar.codebook_size  # the outputs that it needs
+        self.noise = Noise(self.sampling, number, grammar.codebook_size)
+        # from the prompt's last token to the last visual one; what follows that is known without the model
+        self.forced = np.append(grammar.img, grammar.forced_ids([size])[0, :-1])
+        self.ids = np.where(self.forced < 0, grammar.first_visual, self.forced)
+        self.known = 1  # so many ids are drawn or forced, those behind them are guesses
+        self.cached = 0  # so many ids are in the cache for good
+        if drawn is not None:
+            self.known += self._check_drawn(drawn)
+            self.ids[1 : self.known] = drawn
+        self.length = max(map(len, self.prompts)) - 1 + len(self.ids)
+        self.window = 0
+
+    @property
+    def tokens(self):
+        """Tokens of the whole picture, up to its end of sequence."""
+        return self.grammar.num_tokens(*self.size)
+
+    @property
+    def is_done(self):
+        return self._next() == len(self.ids)
+
+    @property
+    def rows(self):
+        """Rows of the picture that are drawn."""
+        return self.size[0] if self.is_done else self.known // (self.size[1] + 1)  # a row's end is known with its last
+
+    @property
+    def gained(self):
+        """Tokens of the picture up to now."""
+        return self.tokens if self.is_done else self.known - 1
+
+    def drawn(self):
+        """The tokens up to now, int64 [positions]."""
+        return self.ids[1 : len(self.ids) if self.is_done else self.known].copy()
+
+    def codes(self):
+        """The picture's codes, int64 [h, w]; of the rows that are drawn where it is not done."""
+        return self.grammar.whole_rows(self.drawn(), *self.size)
+
+    def feed(self, most, window):
+        """What the next pass reads: (ids int64 [new], how many of their hidden states it picks from).
+
+        At most `most` ids; the last ones may be `window` guesses of tokens to come.
+        """
+        stop = self._next()
+        if stop - self.cached > most:  # tokens that were drawn in an earlier process are read again
+            return self.ids[self.cached : self.cached + most], 0
+        self.window = max(0, min(window, len(self.ids) - 1 - stop, most - (stop - self.cached)))
+        return self.ids[self.cached : stop + self.window], 1 + self.window
+
+    def draws(self):
+        """Noise float32 [picked, tokens] for the positions that the pass picks; None where none is needed."""
+        start = self._next() - 1
+        return self.noise(start, start + 1 + self.window)
+
+    def look_ahead(self):
+        """Make the noise of the next pass, while this one is computed."""
+        start = self._next() - 1
+        self.noise.make(start, min(start + 2 + 2 * self.window, len(self.ids) - 1))
+
+    def pick(self, logits, noise):
+        """Logits float32 [rows, picked, tokens] -> ids int64 [picked]"""
+        if len(logits) > 1:
+            conditional, unconditional = logits[0], logits[1]
+            logits = unconditional + self.guidance_scale * (conditional - unconditional)
+        else:
+            logits = logits[0]
+        return self.sampling.pick(logits, noise) + self.grammar.first_visual
+
+    def accept(self, read, picked):
+        """Take what a pass picked, int64 [picked], after it read so many ids. Returns how many tokens were gained."""
+        if not len(picked):
+            self.cached += read
+            return 0
+        start, before = self._next(), self.gained
+        span = slice(start, start + len(picked))
+        sampled, picked = picked, np.where(self.forced[span] < 0, picked, self.forced[span])
+        # a token counts where all the guesses before it were right
+        right = 1 + int((picked[:-1] == self.ids[span][:-1]).cumprod().sum())
+        self.ids[span] = picked
+        if self.window:  # what comes new into the next window: more of the same is the best first guess
+            new = slice(span.stop, span.stop + right + 1)
+            self.ids[new] = np.where(self.forced[new] < 0, sampled[-1], self.forced[new])
+        self.known, self.cached = start + right, start + right - 1
+        return self.gained - before
+
+    def _next(self):
+        """The place of the next token to draw; the number of ids where there is none."""
+        is_open = self.forced[self.known :] < 0
+        return self.known + int(is_open.argmax()) if is_open.any() else len(self.ids)
+
+    def _check_drawn(self, drawn):
+        """The number of positions in `drawn`; InputError where they are not this picture's."""
+        drawn, forced, grammar = np.asarray(drawn), self.forced[1:], self.grammar
+        if drawn.dtype.kind != "i" or drawn.ndim != 1 or len(drawn) > len(forced):
+            raise InputError(
+                f"drawn must be int64 [positions] of at most {len(forced)} positions, got {drawn.dtype} "
+                f"{list(drawn.shape)}"
+            )
+        expected = forced[: len(drawn)]
+        is_visual = (grammar.first_visual <= drawn) & (drawn < grammar.first_visual + grammar.codebook_size)
+        if not np.where(expected < 0, is_visual, drawn == expected).all():
+            raise InputError("drawn holds tokens that cannot stand where they do: it is of a picture of another size")
+        return len(drawn)
+
+
+class Answer:
+    """A text that follows a prompt: greedy, or drawn by chance.
+
+    Args:
+        prompt: token ids, at least one.
+        max_new_tokens: an end of sequence stops it earlier.
+        config: Emu3Config, for the end of sequence and the number of tokens.
+        sampling: Sampling; greedy where it is left out.
+        number: of the answer in its request, as a Drawing's.
+
+    `ids` are its tokens up to now, without the end of sequence.
+    """
+
+    def __init__(self, prompt, max_new_tokens, config, sampling=GREEDY, number=0):
+        if not prompt:
+            raise InputError("give at least one prompt of at least one token")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+        self.prompts, self.max_new_tokens = [prompt], max_new_tokens
+        self.head, self.end = (0, config.vocab_size), config.eos_token_id
+        self.sampling, self.noise = sampling, Noise(sampling, number, config.vocab_size)
+        self.ids, self.ended = [], False
+        self.length = len(prompt) + max_new_tokens - 1
+
+    @property
+    def is_done(self):
+        return self.ended or len(self.ids) == self.max_new_tokens
+
+    @property
+    def cached(self):
+        """Tokens in the cache, the prompt's last one among them."""
+        return len(self.ids)
+
+    def feed(self, most, window):
+        last = self.ids[-1] if self.ids else self.prompts[0][-1]
+        return np.array([last]), 1
+
+    def draws(self):
+        return self.noise(len(self.ids), len(self.ids) + 1)
+
+    def look_ahead(self):
+        self.noise.make(len(self.ids), len(self.ids) + 2)
+
+    def pick(self, logits, noise):
+        return self.sampling.pick(logits[0], noise)
+
+    def accept(self, read, picked):
+        token = int(picked[0])
+        self.ended = token == self.end
+        self.ids += [] if self.ended else [token]
+        return 0 if self.ended else 1
