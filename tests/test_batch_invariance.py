@@ -5,6 +5,7 @@ of guesses or one token at a time, cut off and gone on with."""
 import random
 
 import numpy as np
+import paddle
 import pytest
 from conftest import write_checkpoint
 from test_generation import GRAMMAR, NEGATIVE, PROMPTS
@@ -134,6 +135,72 @@ def test_a_sequence_that_leaves_changes_nothing(model):
         batch.step()
     assert (kept.result, kept.seen) == (late.result, late.seen) == expected
     assert batch.cache.slots == 4
+
+
+def test_a_sequence_goes_on_in_another_batch(model):
+    for one in requests(model.config):
+        [expected] = run(model, [one()])
+        moved, other = one(), requests(model.config)[0]()
+        for passes in (1, 4, 100):
+            batch = Batch(model, "step")
+            batch.join(other) if not other.is_done else None
+            batch.join(moved)
+            while moved in batch.slots and batch.forward_passes < passes:
+                batch.step()
+            batch.leave(moved)
+        assert (moved.result, moved.seen) == expected
+
+
+def test_mistakes_of_a_caller_change_nothing(model):
+    make = requests(model.config)
+    [expected] = run(model, [make[0]()])
+    batch, one = Batch(model, "step"), make[0]()
+    batch.leave(one)
+    batch.join(one)
+    vocabulary = model.config.vocab_size
+    for bad, words in [
+        ([one], "there already"),
+        ([make[1](), make[2]()] * 1 + [one], "there already"),
+        ([Answer([1, -1], 3, model.config)], "ids must be 0 to"),
+        ([Answer([vocabulary, 1], 3, model.config)], "ids must be 0 to"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            batch.join(*bad)
+        batch.step()
+    while batch:
+        batch.step()
+    batch.leave(one)
+    batch.join(one)  # it is done
+    assert not batch and (one.result, one.seen) == expected
+
+
+def test_memory_that_ends_while_the_cache_grows(model, monkeypatch):
+    make = requests(model.config)
+    expected = [run(model, [one()])[0] for one in (make[2], make[4])]
+    for call in range(1, 12, 3):
+        batch, sequences, calls = Batch(model, "step"), [make[2](), make[4]()], []
+        concat = paddle.concat
+
+        def fail(tensors, axis=0, call=call, calls=calls, concat=concat):
+            if len(tensors[0].shape) == 4:
+                calls.append(axis)
+                if len(calls) == call:
+                    raise MemoryError
+            return concat(tensors, axis)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cache.paddle, "concat", fail)
+            failed = 0
+            waiting = list(sequences)
+            while batch or waiting:
+                try:
+                    if waiting:
+                        batch.join(waiting[0])
+                        waiting.pop(0)
+                    batch.step()
+                except MemoryError:
+                    failed += 1
+        assert failed == 1 and [(s.result, s.seen) for s in sequences] == expected
 
 
 def test_dynamic_positions(tmp_path):

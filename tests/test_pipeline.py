@@ -96,6 +96,19 @@ def test_answers_step_by_step(emu3, picture):
     assert emu3.understand(picture, questions[1], max_new_tokens=3) == joined[1][: len("a large red")]
 
 
+def test_stopped_and_gone_on_with(emu3, picture):
+    generation = emu3.generate_steps(CIRCLE, seed=1)
+    for _ in generation:
+        if generation.rows_drawn == 3:
+            break
+    for _ in generation:
+        pass
+    assert same(generation.images()[0], picture)
+    answers = emu3.understand_steps(picture, "Please describe the image")
+    texts = [next(iter(answers))[0] for _ in range(3)] + [texts[0] for texts in answers]
+    assert "".join(texts) == answers.texts[0] == emu3.understand(picture, "Please describe the image")
+
+
 def test_answers_hold_whole_characters(emu3, picture, monkeypatch):
     """A character of several bytes comes when its last byte is there, and a text cut off in one at the end."""
     rows = ["é x".encode(), "é".encode()[:1]]
@@ -181,6 +194,9 @@ def test_the_checkpoint_says_what_is_good(emu3, tmp_path):
         (lambda e: e.generate("x", decoding="fast"), "decoding must be one of"),
         (lambda e: e.understand(Image.new("RGB", (64, 64)), "x", max_new_tokens=0), "max_new_tokens"),
         (lambda e: e.understand([1, 2], ["a", "b", "c"]), "2 and 3"),
+        (lambda e: e.understand([], "x"), "at least one picture"),
+        (lambda e: e.understand(Image.new("RGB", (64, 64)), []), "at least one question"),
+        (lambda e: e.generate([]), "at least one"),
         (lambda e: e.autoencode(), "image or video"),
         (lambda e: e.autoencode(video=[Image.new("RGB", (64, 64))] * 3), "3 frames"),
         (lambda e: e.autoencode(video=[Image.new("RGB", (64, 64)), Image.new("RGB", (72, 64))]), "different sizes"),

@@ -185,6 +185,8 @@ class Emu3Pipeline:
         """A prompt and a ratio for each picture, and how many pixels they have."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         ratios = [ratio] if isinstance(ratio, str) else list(ratio or [])
+        if not prompts or not all(isinstance(text, str) for text in prompts):
+            raise InputError("prompt must be a text or a list of texts, at least one")
         if num_images < 1:
             raise InputError(f"num_images must be 1 or more, got {num_images}")
         if min(side for side in (height, width, 1) if side is not None) < 1:
@@ -240,6 +242,8 @@ class Emu3Pipeline:
         given = {name: value for name, value in given.items() if value is not None}
         sampling = Sampling(**{"top_k": 0, **given}, seed=seed) if given and temperature != 0 else GREEDY
         images, questions = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (image, question))
+        if not images or not questions or not all(isinstance(text, str) for text in questions):
+            raise InputError("give at least one picture, and at least one question, each a text")
         if len(images) != len(questions) and 1 not in (len(images), len(questions)):
             raise InputError(f"give a question for each picture, or one for all: {len(images)} and {len(questions)}")
         count = max(len(images), len(questions))

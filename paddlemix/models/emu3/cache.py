@@ -63,12 +63,12 @@ class KVCache:
         more = count - len(free)
         slots, max_length = self.slots + more, max(self.max_length, max_length)
         self._require_memory(slots, max_length, self.slots * self.capacity)
-        self.max_length = max_length
         if more:
-            self._map(lambda x: paddle.concat([x, paddle.zeros([more, *x.shape[1:]], x.dtype)]))
+            self._resize(slots, self.capacity)
             free += range(self.slots, slots)
             self.lengths = np.append(self.lengths, np.zeros(more, np.int64))
             self.taken += [False] * more
+        self.max_length = max_length
         for slot in free:
             self.taken[slot], self.lengths[slot] = True, 0
         return free
@@ -79,9 +79,8 @@ class KVCache:
 
     def reserve(self, length):
         """Capacity for `length` tokens a row, and for the rest of the block that the last one is in."""
-        more = min(math.ceil(length / CACHE_BLOCK) * CACHE_BLOCK, self.max_length) - self.capacity
         if length > self.capacity:
-            self._map(lambda x: paddle.concat([x, paddle.zeros([*x.shape[:2], more, x.shape[3]], x.dtype)], axis=2))
+            self._resize(self.slots, min(math.ceil(length / CACHE_BLOCK) * CACHE_BLOCK, self.max_length))
 
     def write(self, layer, key, value, mask):
         """Put keys and values [rows, kv_heads, new, head_dim] after those that are in the rows' slots; `mask` is the
@@ -129,10 +128,25 @@ class KVCache:
         other.lengths, other.taken = np.full(slots, self.length), [False] * slots
         return other
 
-    def _map(self, function):
+    def _resize(self, slots, capacity):
+        """All tensors of these sizes, or, where memory does not allow it, of those they had."""
+        before = self.slots, self.capacity
+        try:
+            self._resize_each(slots, capacity)
+        except BaseException:
+            self._resize_each(*before)
+            raise
+
+    def _resize_each(self, slots, capacity):
         for tensors in (self.keys, self.values):
             for i, x in enumerate(tensors):  # one by one: never the whole cache twice
-                tensors[i] = function(x)
+                x = x[:slots, :, :capacity]
+                if x.shape[0] < slots:
+                    x = paddle.concat([x, paddle.zeros([slots - x.shape[0], *x.shape[1:]], x.dtype)])
+                if x.shape[2] < capacity:
+                    empty = paddle.zeros([*x.shape[:2], capacity - x.shape[2], x.shape[3]], x.dtype)
+                    x = paddle.concat([x, empty], axis=2)
+                tensors[i] = x.contiguous()
 
     def _require_memory(self, slots, max_length, held):
         """`held`: the tokens that memory was taken for before."""

@@ -57,24 +57,36 @@ class Batch:
     def join(self, *sequences):
         """Let sequences take part from the next step on: those that join together start together.
 
+        One that was in a batch before goes on: what it has drawn is read again.
+
         Raises:
-            InputError: the cache does not fit into memory with them.
+            InputError: a sequence is in this batch already, its ids are not of this model, or the cache does not fit
+                into memory with it. Then none of them joins.
         """
         sequences = [sequence for sequence in sequences if not sequence.is_done]
         if not sequences:
             return
+        if len({*sequences, *self.slots}) < len(sequences) + len(self.slots):
+            raise InputError("a sequence joins a batch once: it is there already")
         rows = [row for sequence in sequences for row in sequence.prompts]
+        size = self.model.config.vocab_size
+        for row in rows:
+            if min(row) < 0 or max(row) >= size:
+                raise InputError(f"a prompt's ids must be 0 to {size - 1}, got {min(row)} to {max(row)}")
         length = max(sequence.length for sequence in sequences) + self.most  # a row may be filled up to another's new
         if self.cache is None:
             self.cache = self.model.make_cache(len(rows), length)
         slots = iter(self.cache.take(len(rows), length))
         for sequence in sequences:
             self.slots[sequence] = [next(slots) for _ in sequence.prompts]
+            sequence.cached = 0
         self.waiting.append(sequences)
         self._passes.clear()
 
     def leave(self, sequence):
-        """Let a sequence go, done or not; its slots are others' to take."""
+        """Let a sequence go, done or not; its slots are others' to take. One that is not here is let go already."""
+        if sequence not in self.slots:
+            return
         self.cache.free(self.slots.pop(sequence))
         self.running = [other for other in self.running if other is not sequence]
         for group in self.waiting:
@@ -88,10 +100,12 @@ class Batch:
         Returns a list of (sequence, how many tokens it gained); those that are done have left.
         """
         self._read_prompts()
-        gained = [pair for group in self._groups() for pair in self._run(group)]
-        for sequence, _ in gained:
-            if sequence.is_done:
-                self.leave(sequence)
+        gained = []
+        for group in self._groups():
+            gained += self._run(group)
+            for sequence in group:
+                if sequence.is_done:
+                    self.leave(sequence)
         return gained
 
     def _read_prompts(self):

@@ -177,20 +177,16 @@ class Answer:
         self.head, self.end = (0, config.vocab_size), config.eos_token_id
         self.sampling, self.noise = sampling, Noise(sampling, number, config.vocab_size)
         self.ids, self.ended = [], False
+        self.cached = 0  # of the prompt's last token and the ids
         self.length = len(prompt) + max_new_tokens - 1
 
     @property
     def is_done(self):
         return self.ended or len(self.ids) == self.max_new_tokens
 
-    @property
-    def cached(self):
-        """Tokens in the cache, the prompt's last one among them."""
-        return len(self.ids)
-
     def feed(self, most, window):
-        last = self.ids[-1] if self.ids else self.prompts[0][-1]
-        return np.array([last]), 1
+        ids = [self.prompts[0][-1], *self.ids][self.cached :]
+        return np.array(ids[:most]), int(len(ids) <= most)
 
     def draws(self):
         return self.noise(len(self.ids), len(self.ids) + 1)
@@ -202,6 +198,9 @@ class Answer:
         return self.sampling.pick(logits[0], noise)
 
     def accept(self, read, picked):
+        self.cached += read
+        if not len(picked):
+            return 0
         token = int(picked[0])
         self.ended = token == self.end
         self.ids += [] if self.ended else [token]
