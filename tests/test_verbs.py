@@ -154,8 +154,12 @@ def test_quantize_takes_generation_config_along(command, folder):
     copy_of_mini(folder / "mine")
     (folder / "mine" / "generation_config.json").write_text("{}")
     (folder / "q").mkdir()  # an empty folder may be there
-    assert command("quantize", "--model_path=mine", "--output_path=q", "--dtype=int8")[0] == 0
-    assert (folder / "q" / "generation_config.json").read_text() == "{}"
+    (folder / "to_empty").symlink_to("q")
+    (folder / "to_none").symlink_to("new/r")
+    for output in ("to_empty", "to_none", "no/../s"):
+        assert command("quantize", "--model_path=mine", f"--output_path={output}", "--dtype=int8")[0] == 0
+        assert (folder / output.split("/")[-1] / "generation_config.json").read_text() == "{}"
+    assert (folder / "to_empty").is_symlink() and (folder / "new" / "r" / "config.json").exists()
 
 
 def copy_of_mini(folder, **config):

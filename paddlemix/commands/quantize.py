@@ -39,7 +39,7 @@ def main(args):
         before = sum(file.path.stat().st_size for file in files)
         for file in files:
             file.close()
-    write(model, [source / name for name in required + optional], target)
+    write(model, [source / name for name in required + optional], target.resolve())
     after = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     say(f"weights: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB in {args.dtype}")
     say(f"wrote {target}")
@@ -47,9 +47,10 @@ def main(args):
 
 def check_target(target, size):
     """InputError where a new folder of so many bytes cannot be written."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir()) or target.samefile(Path.cwd())):
+    place = target.resolve()  # where links and .. lead
+    if place.exists() and (not place.is_dir() or any(place.iterdir()) or place.samefile(Path.cwd())):
         raise InputError(f"--output_path {target} is not an empty folder elsewhere: give the name of a new one")
-    parent = next(p for p in target.absolute().parents if p.exists())
+    parent = next(p for p in place.parents if p.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"--output_path {target}: cannot write into {parent}: give another folder")
     free = shutil.disk_usage(parent).free

@@ -10,6 +10,7 @@ using paddle::DataType;
 using paddle::Tensor;
 
 std::vector<Tensor> FewRowsLinear(const Tensor& x, const Tensor& weight, const paddle::optional<Tensor>& scale) {
+  PD_CHECK(!x.shape().empty() && weight.shape().size() == 2, "x must be [..., in], a weight [out, in]");
   const int64_t in = x.shape().back(), out = weight.shape()[0];
   std::vector<int64_t> shape = x.shape();
   shape.back() = out;

@@ -13,7 +13,7 @@ from paddlemix.external_ops.cached_attention import MOST_NEW, cached_attention
 from paddlemix.utils import InputError
 
 QUERY_CHUNK = 512  # queries a time of the plain attention: never a whole [length, length] matrix
-VECTOR = 64  # numbers, a multiple of what any CPU computes at once
+VECTOR = 16  # float32 numbers, the most that a CPU computes at once
 FEW_TOKENS = 32  # of a decoding step: what all layers share is made once, in full, for so many new tokens
 
 
@@ -59,10 +59,11 @@ class Rotary:
 
 
 def _of_each(function, x):
-    """`function` of each element. Paddle computes whole vectors on a CPU and what is left over another way: a number's
-    result must not depend on where in the tensor it stands."""
-    rest = -math.prod(x.shape) % VECTOR
-    return function(F.pad(x.flatten(), [0, rest]))[:-rest].reshape(x.shape) if rest else function(x)
+    """`function` of each element. Paddle computes vectors of them on a CPU, in which one number can change another's
+    last bit, and what is left over another way: so the last axis, of one token, is made of whole vectors."""
+    size = x.shape[-1]
+    empty = paddle.zeros([*x.shape[:-1], -size % VECTOR], x.dtype)
+    return function(paddle.concat([x, empty], axis=-1))[..., :size] if size % VECTOR else function(x)
 
 
 class Mask:
