@@ -59,7 +59,7 @@ def run(args, page):
     rates = [call(args, side, "measure.limits") for side in sides(args)]
     versions = {name: version for r in rates for name, version in r.pop("versions").items()}
     limits = {kind: {name: rate for r in rates for name, rate in r[kind].items()} for kind in rates[0]}
-    page.put("GPU: not run", *gpu_arithmetic(Emu3Config()))
+    page.put("A GPU, by arithmetic", *gpu_arithmetic(Emu3Config()))
     for part in SMALL if args.small else QUICK if args.quick else args.parts:
         kind, size, *dtype = part.split("-")
         print(f"{part}:", flush=True)

@@ -79,7 +79,7 @@ def gpu_arithmetic(config, side=90, read_per_s=3.35e12, operations_per_s=989e12)
     heads = ["codes accepted a pass", "codes a second at most", "an image at the least"]
     rows = [[f"{k}", f"{k / seconds:.0f}", f"{side**2 / k * seconds:.1f} s"] for k in (1, 2, 3, 4)]
     text = f"""\
-No GPU was at hand. **This is arithmetic, not measurement.** The released model of {parameters / 1e9:.2f} billion
+**This is arithmetic, not measurement.** The released model of {parameters / 1e9:.2f} billion
 parameters in bfloat16, one image of {side} x {side} codes with guidance (two rows of a batch), on an H100 SXM that
 reads {read_per_s / 1e12} TB/s: a step reads {layers / 1e9:.2f} GB of layers, {head / 1e9:.2f} GB of the head (its
 visual rows) and on average {(read - layers - head) / 1e9:.2f} GB of keys and values, {read / 1e9:.2f} GB in
