@@ -1,7 +1,7 @@
 # Paths are relative, so that a checkout in a folder with spaces in its name works too.
 PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
 
-# A Paddle that was asked for once stays asked for when the environment is made anew.
+# A Paddle that was asked for once stays asked for when the environment is made again.
 PADDLE_FILE := .venv/paddle.txt
 PADDLE_KEPT := $(shell cat $(PADDLE_FILE) 2>/dev/null)
 PADDLE ?= $(or $(PADDLE_KEPT),paddlepaddle==3.3.1)
@@ -32,10 +32,10 @@ MINI_RUN ?= mini_run
 help:
 	@echo "make demo   generate, understand and autoencode with Emu3-Mini, which comes with the package; into $(OUT)/"
 	@echo "make eval   measure Emu3-Mini on scenes that its training left out"
-	@echo "make mini   train Emu3-Mini anew with PyTorch, from data to files: hours on a CPU"
+	@echo "make mini   train Emu3-Mini from scratch with PyTorch, from data to files: hours on a CPU"
 	@echo "make ops    compile the custom operators into .venv (paddlemix/external_ops)"
 	@echo "make test   ruff and pytest"
-	@echo "make lint   ruff alone"
+	@echo "make lint   ruff only"
 	@echo "make venv   .venv with all that is needed; the others make it themselves; .venv/bin/emu3 lists the commands"
 	@echo "make bench  side by side with transformers, into benchmarks/RESULTS.md; BENCH=--quick takes minutes, not an hour;"
 	@echo "            BENCH=operators, released, quality or loading are the other benchmarks, BENCH=--help lists them"

@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The opening of RESULTS.md: about ten rows, taken from the tables that follow it."""
+"""The opening of RESULTS.md: ten rows, taken from the tables that follow it."""
 
 import re
 
@@ -7,7 +7,6 @@ import compare
 import loading
 import operators
 import quality
-import released
 from page import table
 
 UNITS = {"s": 1, "ms": 1e-3, "GB": 1e9, "%": 1}
@@ -30,9 +29,6 @@ ROWS = (
      (LINEAR, "gate_proj [14336, 4096], float32, 2", "ours"), "PyTorch", "PyTorch"),
     ("attention of one new token to 4,096 cached, float32", "attention over the cache",
      (ATTENTION, "float32, 4096, 1", "ours"), "Paddle", "Paddle"),
-    *((f"8.49 billion parameters, {dtype}: a forward pass of text-to-image", f"released {dtype}",
-       (released.PASSES_TITLE, f"{dtype}, text-to-image", "a pass"), "the limit", "reading the weights")
-      for dtype in ("int8", "int4")),
     ("2.03 billion parameters loaded as float16: peak memory", "loading float16",
      (loading.TITLE, "float16", "peak"), "the model", "the weights"),
     ("right answers of Emu3-Mini, int8", "quality",

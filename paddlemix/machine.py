@@ -39,11 +39,11 @@ def start_paddle(device=None, quiet=True):
     if not threads_are_chosen:
         set_num_threads(available_cores())
     cards = paddle.device.cuda.device_count()
-    device = device or ("gpu" if cards else "cpu")
+    device = ("gpu" if cards else "cpu") if device is None else str(device)
     number = re.fullmatch(r"gpu(?::(\d+))?", device)
     if device != "cpu" and not (number and int(number[1] or 0) < cards):  # Paddle ends the process for a wrong number
         raise InputError(
-            f"--device {device}: accepted are cpu, and gpu or gpu:N where Paddle finds a card; this Paddle is "
+            f"device {device!r}: accepted are cpu, and gpu or gpu:N where Paddle finds a card; this Paddle is "
             f"{'a CUDA' if paddle.is_compiled_with_cuda() else 'a CPU'} build with {cards} cards"
         )
     paddle.set_device(device)

@@ -2,6 +2,7 @@
 """A picture or an answer is a function of its own request, bit for bit: alone, beside others, joined late, by windows
 of guesses or one token at a time, cut off and gone on with."""
 
+import contextlib
 import random
 
 import numpy as np
@@ -161,8 +162,9 @@ def test_mistakes_of_a_caller_change_nothing(model):
     for bad, words in [
         ([one], "there already"),
         ([make[1](), make[2]()] * 1 + [one], "there already"),
-        ([Answer([1, -1], 3, model.config)], "ids must be 0 to"),
-        ([Answer([vocabulary, 1], 3, model.config)], "ids must be 0 to"),
+        ([Answer([1, -1], 3, model.config)], "ids must be whole numbers from 0 to"),
+        ([Answer([vocabulary, 1], 3, model.config)], "ids must be whole numbers from 0 to"),
+        ([Answer([5, 1.5], 3, model.config)], "ids must be whole numbers from 0 to"),
     ]:
         with pytest.raises(ValueError, match=words):
             batch.join(*bad)
@@ -172,6 +174,56 @@ def test_mistakes_of_a_caller_change_nothing(model):
     batch.leave(one)
     batch.join(one)  # it is done
     assert not batch and (one.result, one.seen) == expected
+
+
+def test_a_step_that_is_broken_off_is_made_again(model, monkeypatch):
+    """As by Ctrl-C at any place: an error comes at every so many calls of what a step is made of."""
+    make = requests(model.config)
+    expected = [run(model, [one()])[0] for one in make]
+    places = [(decoding.Pass, "run"), (decoding.Pass, "__call__"), (Drawing, "accept"), (Answer, "accept"),
+              (type(model.model), "read_prompt"), (cache.KVCache, "copy_row"), (Batch, "leave")]  # fmt: skip
+    for where, name in places:
+        original, count = getattr(where, name), [0]
+
+        def broken(self, *args, original=original, count=count):
+            count[0] += 1
+            if count[0] % 5 == 2:
+                raise KeyboardInterrupt
+            result = original(self, *args)
+            if count[0] % 5 == 4:
+                raise KeyboardInterrupt
+            return result
+
+        sequences = [one() for one in make]
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, broken)
+            batch = Batch(model, "step")
+            batch.join(*sequences)
+            while batch:
+                with contextlib.suppress(KeyboardInterrupt):
+                    batch.step()
+        if name != "accept":  # logits are recorded around it
+            assert [(sequence.result, sequence.seen) for sequence in sequences] == expected, name
+        assert [sequence.result for sequence in sequences] == [result for result, _ in expected], name
+
+
+def test_two_batches_do_not_share_a_sequence(model):
+    one = requests(model.config)[0]
+    [expected] = run(model, [one()])
+    moved, batches = one(), [Batch(model, "step"), Batch(model, "step")]
+    for i in range(12):
+        batch = batches[i % 2]
+        if moved not in batch.slots or moved.batch is not batch:
+            batch.leave(moved)
+            batch.join(moved)
+        batch.step()
+        batches[1 - i % 2].step()
+    run_on = Batch(model, "step")
+    run_on.join(moved)
+    while run_on:
+        run_on.step()
+    assert (moved.result, moved.seen) == expected
+    assert not any(batch.step() for batch in batches) and not any(batches)
 
 
 def test_memory_that_ends_while_the_cache_grows(model, monkeypatch):

@@ -240,7 +240,7 @@ def test_a_card_that_is_not_there_is_refused(monkeypatch):
     start_paddle(None, quiet=False)  # a library leaves the device that Paddle is set to
     assert chosen == ["gpu", "gpu", "gpu:1", "cpu"]
     for device in ("gpu:2", "gpu:", "gpu:-1", "cuda", "GPU"):
-        with pytest.raises(InputError, match=f"--device {device}: .*2 cards"):
+        with pytest.raises(InputError, match=f"device '{device}': .*2 cards"):
             start_paddle(device, quiet=False)
     assert len(chosen) == 4
 
@@ -396,7 +396,7 @@ def test_more_tokens_than_positions_is_a_note_that_names_what_fits(command, fold
     code, _, err = draw(command, "--model_path=short", "--prompt=x", size=64)
     notes = [line for line in err.splitlines() if "64 x 64 pixels take 91 tokens" in line]
     assert code == 0 and len(notes) == 1
-    height, width = map(int, re.search(r"--height=(\d+) --width=(\d+)", notes[0]).groups())
+    height, width = map(int, re.search(r"height=(\d+) width=(\d+)", notes[0]).groups())
     assert draw(command, "--model_path=short", "--prompt=x", f"--height={height}", f"--width={width}")[2] == ""
 
 
@@ -515,13 +515,13 @@ def test_bad_pictures(command, folder, caller, kind, words):
         (["--stats_json=."], "is not a file"),
         (["--stats_json=/dev/null"], "is not a file"),
         (["--preview=."], "--preview . is not a file"),
-        (["--model_path=a/b--c"], "no name that the hub can have"),
+        (["--model_path=a/b--c"], "not a name that the hub can have"),
         (["--model_path=nowhere/at/all"], "directory that exists"),
         (["--model_path=BAAI/Emu3-VisionTokenizer"], "is of a 'Emu3VisionVQ' model"),
         (["--vq_model_path=BAAI/Emu3-Gen"], "preprocessor_config.json"),
-        (["--device=tpu"], "--device tpu"),
-        (["--device=gpu:7"], "--device gpu:7"),
-        (["--device=gpu:x"], "--device gpu:x"),
+        (["--device=tpu"], "device 'tpu'"),
+        (["--device=gpu:7"], "device 'gpu:7'"),
+        (["--device=gpu:x"], "device 'gpu:x'"),
         (["--height=tall"], "--height: 'tall' is not a whole number"),
         (["--temperature=warm"], "--temperature: 'warm' is not a number"),
         (["--dtype=int3"], "--dtype: invalid choice: 'int3' (choose from 'float32'"),

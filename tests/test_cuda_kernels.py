@@ -123,18 +123,18 @@ def test_norm(kernels, order, layer_norm, shape, types):
         tensor(rng, *given) for given in [(shape, types[0], 0.5), (shape[1:], types[1]), (shape, types[1])]
     )
     bias, bias64 = tensor(rng, shape[1:], types[1]) if layer_norm else (None, None)
-    y, invvar, dx, dscale = like(dy), like(x, shape[:1], "float32"), like(x), like(scale)
-    mean, dbias = (like(invvar), like(scale)) if layer_norm else (None, None)
+    y, rstd, dx, dscale = like(dy), like(x, shape[:1], "float32"), like(x), like(scale)
+    mean, dbias = (like(rstd), like(scale)) if layer_norm else (None, None)
     codes, sizes = [TYPES[name] for name in types], [ctypes.c_int64(size) for size in shape]
-    pointers = map(address, (x, scale, bias, y, mean, invvar))
+    pointers = map(address, (x, scale, bias, y, mean, rstd))
     assert kernels.emu3_norm_forward(*codes, *pointers, *sizes, ctypes.c_float(EPSILON), None) == 0
     workspace = like(x, [2, kernels.emu3_norm_parts(sizes[0]), shape[1]], "float32")
-    pointers = map(address, (x, scale, mean, invvar, dy, dx, dscale, dbias, workspace))
+    pointers = map(address, (x, scale, mean, rstd, dy, dx, dscale, dbias, workspace))
     assert kernels.emu3_norm_backward(*codes, *pointers, *sizes, None) == 0
 
-    y64, mean64, invvar64, dx64, dscale64, dbias64 = reference(x64, scale64, bias64, dy64)
+    y64, mean64, rstd64, dx64, dscale64, dbias64 = reference(x64, scale64, bias64, dy64)
     rounding = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
-    expected = [(y, y64), (invvar, invvar64), (dscale, dscale64)] + ([(dx, dx64)] if shape[1] > 1 else [])
+    expected = [(y, y64), (rstd, rstd64), (dscale, dscale64)] + ([(dx, dx64)] if shape[1] > 1 else [])
     for got, values in expected + ([(mean, mean64), (dbias, dbias64)] if layer_norm else []):
         if values.size:
             assert error(got, values) < 2 * rounding[got.dtype.name.lower()]

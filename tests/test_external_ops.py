@@ -99,8 +99,8 @@ def test_names_that_paddlenlp_imports():
 
     x, scale = paddle.rand([3, 8]), paddle.rand([8])
     for norm in (fused_ln.fused_rms_norm, fast_ln.fast_rms_norm):
-        y, invvar = norm(x, scale, 1e-6)
-        assert (list(y.shape), list(invvar.shape)) == ([3, 8], [3])
+        y, rstd = norm(x, scale, 1e-6)
+        assert (list(y.shape), list(rstd.shape)) == ([3, 8], [3])
     for norm in (fused_ln.fused_ln, fast_ln.fast_ln):
         assert [list(t.shape) for t in norm(x, scale, paddle.zeros([8]), 1e-6)] == [[3, 8], [3], [3]]
 

@@ -44,15 +44,15 @@ def error(got, expected):
 
 
 def reference(x, scale, bias, dy):
-    """y, mean, invvar, and the gradients of x, scale and bias, in float64; RMS norm where bias is None."""
+    """y, mean, rstd, and the gradients of x, scale and bias, in float64; RMS norm where bias is None."""
     mean = x.mean(-1, keepdims=True) if bias is not None else np.zeros_like(x[..., :1])
-    invvar = 1 / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + EPSILON)
-    normal, g = (x - mean) * invvar, dy * scale
+    rstd = 1 / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + EPSILON)
+    normal, g = (x - mean) * rstd, dy * scale
     shift = g.mean(-1, keepdims=True) if bias is not None else 0
-    dx = (g - shift - normal * (g * normal).mean(-1, keepdims=True)) * invvar
+    dx = (g - shift - normal * (g * normal).mean(-1, keepdims=True)) * rstd
     rows = tuple(range(x.ndim - 1))
     y = normal * scale + (0 if bias is None else bias)
-    return y, mean[..., 0], invvar[..., 0], dx, (dy * normal).sum(rows), dy.sum(rows)
+    return y, mean[..., 0], rstd[..., 0], dx, (dy * normal).sum(rows), dy.sum(rows)
 
 
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float16", "float16"), ("bfloat16", "float32")])
@@ -65,8 +65,8 @@ def test_values_and_gradients(how, norm, shape, dtypes):
     dy, dy64 = tensor(rng, shape, dtypes[1])
     y, *rest = norm(x, scale, bias, EPSILON) if layer_norm else norm(x, scale, EPSILON)
     assert (y.dtype, list(y.shape)) == (scale.dtype, list(shape))
-    y64, mean64, invvar64, dx64, dscale64, dbias64 = reference(x64, scale64, bias64, dy64)
-    for got, expected in zip([y, *rest], [y64, *([mean64] if layer_norm else []), invvar64], strict=True):
+    y64, mean64, rstd64, dx64, dscale64, dbias64 = reference(x64, scale64, bias64, dy64)
+    for got, expected in zip([y, *rest], [y64, *([mean64] if layer_norm else []), rstd64], strict=True):
         assert error(got, expected) < how * ROUNDING[dtypes[1]]
     assert all(t.stop_gradient for t in rest)
     y.backward(dy)

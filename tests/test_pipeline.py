@@ -173,9 +173,13 @@ def test_the_checkpoint_says_what_is_good(emu3, tmp_path):
     path.write_text(json.dumps({"bos_token_id": 1, "top_k": 5}))  # as the released file has it: ids
     other = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini")
     assert other.defaults == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 5, "top_p": 1.0}
-    for text in ("[1]", "{", '{"temperature": "hot"}'):
+    for text in ("[1]", "{", '{"temperature": "hot"}', '{"top_k": 1e999}'):
         path.write_text(text)
         with pytest.raises(ValueError, match="generation_config.json must hold"):
+            _ = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini").defaults
+    for text, words in (('{"temperature": 0}', "temperature must be above 0"), ('{"guidance_scale": 1e999}', "finite")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"generation_config.json: .*{words}"):
             _ = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini").defaults
     path.unlink()
     plain = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini")

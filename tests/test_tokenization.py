@@ -146,7 +146,7 @@ def test_errors_says_what_becomes_of_half_a_character(tokenizer):
 @pytest.mark.parametrize("bad", [184622, -1, -100, 2**70, 1.5, "a"])
 def test_an_id_outside_the_vocabulary_is_named(tokenizer, bad):
     for method in (tokenizer.decode, tokenizer.convert_ids_to_tokens):
-        with pytest.raises(InputError, match=f"^{bad!r} is no token id: they are integers below 184622$"):
+        with pytest.raises(InputError, match=f"^{bad!r} is not a token id: they are integers below 184622$"):
             method([14990, bad])
 
 
@@ -307,10 +307,10 @@ BROKEN = [
     (VISION, b"<|eye|>\n<|eye|>\n", "tokens.txt, line 2: the special token <|eye|> is there already"),
     (VISION, b"<|extra_3|>\n", "tokens.txt, line 1: the special token <|extra_3|> is there already"),
     (VISION, b"<|\xff|>\n", "tokens.txt, line 1: expected a special token <|name|>, got"),
-    (VISION, b"<|image token|>\n", "boi_token='<|image start|>' is no special token of"),
+    (VISION, b"<|image token|>\n", "boi_token='<|image start|>' is not a special token of"),
     (CONFIG, b"{\n1", "tokenizer_config.json is not valid JSON"),
     (CONFIG, b"[]", "tokenizer_config.json must hold one JSON object, it holds a list"),
-    (CONFIG, b'{"bos_token": null}', "bos_token=None is no special token"),
+    (CONFIG, b'{"bos_token": null}', "bos_token=None is not a special token"),
     (CONFIG, b'{"padding_side": "top"}', "padding_side='top' is not accepted"),
 ]
 

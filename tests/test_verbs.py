@@ -203,6 +203,12 @@ def test_quantize_refuses(command, folder, monkeypatch):
     assert sorted(folder.rglob("*")) == before  # nothing half
 
 
+def test_a_text_that_an_option_has_swallowed(command, folder):
+    models = ["--model_path=emu3-mini", "--dtype=float32"]
+    refused(command("generate", *models, "--ratio", "1:1", "a red circle"), "--ratio takes 'a red circle'", "--prompt")
+    refused(command("understand", *models, "--image_path", "a.png", "why?"), "--image_path takes 'why?'", "--question")
+
+
 # --- info
 
 
@@ -261,4 +267,4 @@ def test_info_of_a_checkpoint(command, folder, monkeypatch):
 def test_info_of_what_is_not_a_language_model(command, folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "Emu3VisionVQ"}))
     refused(command("info", "--model_path=."), "Emu3VisionVQ")
-    refused(command("info", "--device=gpu:99"), "--device gpu:99")
+    refused(command("info", "--device=gpu:99"), "device 'gpu:99'")

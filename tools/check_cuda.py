@@ -107,15 +107,15 @@ def norm_arguments(x, scale):
     return types, [ctypes.c_int64(size) for size in x.shape]
 
 
-def norm_forward(library, x, scale, bias, y, mean, invvar):
+def norm_forward(library, x, scale, bias, y, mean, rstd):
     types, sizes = norm_arguments(x, scale)
-    pointers = map(pointer, (x, scale, bias, y, mean, invvar))
+    pointers = map(pointer, (x, scale, bias, y, mean, rstd))
     return library.emu3_norm_forward(*types, *pointers, *sizes, ctypes.c_float(EPSILON), stream(x.device.type))
 
 
-def norm_backward(library, x, scale, mean, invvar, dy, dx, dscale, dbias, workspace):
+def norm_backward(library, x, scale, mean, rstd, dy, dx, dscale, dbias, workspace):
     types, sizes = norm_arguments(x, scale)
-    pointers = map(pointer, (x, scale, mean, invvar, dy, dx, dscale, dbias, workspace))
+    pointers = map(pointer, (x, scale, mean, rstd, dy, dx, dscale, dbias, workspace))
     return library.emu3_norm_backward(*types, *pointers, *sizes, stream(x.device.type))
 
 
@@ -135,16 +135,16 @@ def norm_reference(x, scale, bias, dy):
     x, scale, dy = (tensor.double().requires_grad_() for tensor in (x, scale, dy))
     bias = None if bias is None else bias.double().requires_grad_()
     mean = x.mean(1, keepdim=True) if bias is not None else torch.zeros_like(x[:, :1])
-    invvar = torch.rsqrt(((x - mean) ** 2).mean(1, keepdim=True) + EPSILON)
-    y = (x - mean) * invvar * scale
+    rstd = torch.rsqrt(((x - mean) ** 2).mean(1, keepdim=True) + EPSILON)
+    y = (x - mean) * rstd * scale
     y = y if bias is None else y + bias
     asked = [x, scale] + ([] if bias is None else [bias])
     gradients = torch.autograd.grad(y, asked, dy.detach())
-    expected = {"y": y, "mean": mean[:, 0], "invvar": invvar[:, 0]}
+    expected = {"y": y, "mean": mean[:, 0], "rstd": rstd[:, 0]}
     expected |= dict(zip(("dx", "dscale", "dbias"), gradients))
     sizes = {name: float(values.detach().abs().max()) if values.numel() else 0 for name, values in expected.items()}
     if x.numel():  # of few columns dx is a difference of larger numbers
-        sizes["dx"] = max(sizes["dx"], float((dy * scale * invvar).detach().abs().max()))
+        sizes["dx"] = max(sizes["dx"], float((dy * scale * rstd).detach().abs().max()))
     return {name: (values.detach(), max(sizes[name], 1e-3)) for name, values in expected.items()}
 
 
@@ -169,15 +169,15 @@ def check_norm(library, device, shape, x_type, w_type, with_bias, offset):
 
     floats = torch.float32
     y, dx = fresh("y", shape, w_dtype), fresh("dx", shape, x_dtype)
-    invvar, dscale = fresh("invvar", [rows], floats), fresh("dscale", [cols], w_dtype)
+    rstd, dscale = fresh("rstd", [rows], floats), fresh("dscale", [cols], w_dtype)
     mean, dbias = (fresh("mean", [rows], floats), fresh("dbias", [cols], w_dtype)) if with_bias else (None, None)
     workspace = fresh("workspace", [2, library.emu3_norm_parts(ctypes.c_int64(rows)), cols], floats)
 
     codes = []
     for _ in range(2):
-        codes.append(norm_forward(library, x, scale, bias, y, mean, invvar))
-        codes.append(norm_backward(library, x, scale, mean, invvar, dy, dx, dscale, dbias, workspace))
-        got = {name: buffers[name][0].clone() for name in ("y", "mean", "invvar", "dx", "dscale", "dbias")
+        codes.append(norm_forward(library, x, scale, bias, y, mean, rstd))
+        codes.append(norm_backward(library, x, scale, mean, rstd, dy, dx, dscale, dbias, workspace))
+        got = {name: buffers[name][0].clone() for name in ("y", "mean", "rstd", "dx", "dscale", "dbias")
                if name in buffers}  # fmt: skip
         if len(codes) == 2:
             before = got
@@ -296,11 +296,11 @@ def times(library, rows=16384, cols=4096, positions=8100, size=32768, dim=4):
             x = torch.randn(rows, cols, device="cuda").to(x_dtype)
             dy, scale = torch.randn(rows, cols, device="cuda").to(w_dtype), torch.ones(cols, device="cuda").to(w_dtype)
             bias, mean = (scale, torch.empty(rows, device="cuda")) if layer else (None, None)
-            y, dx, invvar = torch.empty_like(dy), torch.empty_like(x), torch.empty(rows, device="cuda")
+            y, dx, rstd = torch.empty_like(dy), torch.empty_like(x), torch.empty(rows, device="cuda")
             dscale, dbias = torch.empty_like(scale), torch.empty_like(scale) if layer else None
             workspace = torch.empty(2, library.emu3_norm_parts(ctypes.c_int64(rows)), cols, device="cuda")
-            forward = (library, x, scale, bias, y, mean, invvar)
-            backward = (library, x, scale, mean, invvar, dy, dx, dscale, dbias, workspace)
+            forward = (library, x, scale, bias, y, mean, rstd)
+            backward = (library, x, scale, mean, rstd, dy, dx, dscale, dbias, workspace)
             found["layer norm" if layer else "RMS norm", f"{x_type} -> {w_type}"] = [
                 ("forward", seconds(lambda f=forward: norm_forward(*f)), x.nbytes + y.nbytes),
                 ("backward", seconds(lambda b=backward: norm_backward(*b)), x.nbytes + dy.nbytes + dx.nbytes),

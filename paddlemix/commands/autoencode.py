@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .console import Loading, make_parser, progress_bar, say
 from .files import frame_paths, load_pictures, save_picture, side_by_side, write_stats, wrote
+from .language_model import note_vision
 
 DEMO_IMAGE = "paddlemix/demo_images/emu3_demo.png"
 
@@ -30,7 +31,7 @@ def main(args):
         jobs = [("recon_image", {"image": images})] if images else []
         jobs += [("recon_video", {"video": frames})] if frames else []
         steps = [(name, emu3.autoencode_steps(**what)) for name, what in jobs]
-        _ = emu3.vision_tokenizer
+        note_vision(emu3.vision_tokenizer)
     written, stats = [], {"encode_s": 0.0, "decode_s": 0.0}
     with progress_bar(len(images or []) + len(frames or []), " pictures", "reconstructing") as bar:
         for name, reconstructions in steps:

@@ -170,6 +170,8 @@ def progress_bar(total, unit, description, initial=0):
 def _settle_texts(args, parser):
     """Texts given without their option's name take its place. Bytes that are not UTF-8 come as surrogates, which no
     tokenizer and no PNG takes."""
+    if hasattr(args, "texts") and not args.texts and getattr(args, args.texts_of) is parser.get_default(args.texts_of):
+        _check_swallowed(args)
     if getattr(args, "texts", None):
         if getattr(args, args.texts_of) is not parser.get_default(args.texts_of):
             raise InputError(f"give {args.texts_of} once: {reprlib.repr(args.texts[0])}, or --{args.texts_of}")
@@ -181,6 +183,22 @@ def _settle_texts(args, parser):
                 text.encode("utf-8")
             except UnicodeEncodeError:
                 raise InputError(f"--{name} {text!r} is not UTF-8: give it in UTF-8") from None
+
+
+def _check_swallowed(args):
+    """A text after an option of several values is taken for one more of them."""
+    last = (getattr(args, "ratio", None) or [None])[-1]
+    if last is not None and not re.fullmatch(r"[\d\s:.]+", last):
+        name = "ratio"
+    else:
+        last = (getattr(args, "image_path", None) or [None])[-1]
+        name = "image_path"
+        if last is None or Path(last).suffix or Path(last).exists():
+            return
+    raise InputError(
+        f"--{name} takes {reprlib.repr(last)} for one of its values: give the {args.texts_of} before the options, or "
+        f"as --{args.texts_of}"
+    )
 
 
 def _check_outputs(args):

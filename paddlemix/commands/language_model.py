@@ -35,7 +35,7 @@ def make_pipeline(args, chat_template=None):
 
 
 def note_dtype(emu3):
-    """Say what becomes of a dtype that the device does not have, or has slowly."""
+    """A note on a dtype that the device does not have, or has slowly."""
     import paddle
 
     from paddlemix.external_ops import build_command, operators
@@ -46,3 +46,12 @@ def note_dtype(emu3):
     if on_cpu and operators() is None and 4 * step_parameters(config) > SLOW_BYTES:
         other = "" if emu3.dtype == "float32" else ", or take --dtype=float32"
         note(f"{emu3.dtype} is slow on a CPU without the compiled operators: run `{build_command()}`{other}")
+
+
+def note_vision(model):
+    """A note on a large vision tokenizer on a CPU without the compiled operators, which halve its time."""
+    from paddlemix.external_ops import build_command, operators
+
+    weights = sum(4 * parameter.size for parameter in model.parameters())
+    if operators() is None and weights > SLOW_BYTES and model.quantize.embedding.weight.place.is_cpu_place():
+        note(f"a CPU takes twice as long without the compiled operators: run `{build_command()}`")

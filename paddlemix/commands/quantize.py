@@ -55,7 +55,7 @@ def check_target(target, size):
         raise InputError(f"--output_path {target}: cannot write into {parent}: give another folder")
     free = shutil.disk_usage(parent).free
     if size > free:
-        raise InputError(f"--output_path {target} takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there")
+        raise InputError(f"--output_path {target} takes {size / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free there")
 
 
 def write(model, files, target):

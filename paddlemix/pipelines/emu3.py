@@ -81,9 +81,14 @@ class Emu3Pipeline:
         path = fetch(self.model_path, [CONFIG_NAME]) / GENERATION_CONFIG
         try:
             values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            return {name: type(value)(values.get(name, value)) for name, value in DEFAULTS.items()}
-        except (ValueError, TypeError, AttributeError, RecursionError):
+            values = {name: type(value)(values.get(name, value)) for name, value in DEFAULTS.items()}
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             raise InputError(f"{path} must hold one JSON object of numbers: download it again, or remove it") from None
+        try:
+            check_values(**values)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        return values
 
     @cached_property
     def dtype(self):
@@ -166,12 +171,9 @@ class Emu3Pipeline:
         Raises:
             InputError: values that cannot be, before anything is loaded; then what loading raises.
         """
-        from paddlemix.models.emu3.sampling import Sampling, check_guidance_scale
-
         given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         given = {name: value for name, value in given.items() if value is not None}
-        check_guidance_scale(given.get("guidance_scale", 1))
-        Sampling(**{k: v for k, v in given.items() if k != "guidance_scale"}, seed=0 if seed is None else seed)
+        check_values(**given, seed=0 if seed is None else seed)
         prompts, ratios, area = self._pictures(prompt, ratio, height, width, num_images)
         values = {**self.defaults, **given}
         seed = secrets.randbits(32) if seed is None else seed
@@ -282,7 +284,9 @@ class Emu3Pipeline:
         if len(sizes) > 1:
             raise InputError(f"the video has frames of different sizes, {', '.join(sizes[:4])}: give one size")
         factor = Emu3VisionVQConfig.from_pretrained(self.vq_model_path).temporal_downsample_factor
-        if not frames or len(frames) % factor:
+        if not frames:
+            raise InputError(f"the video has no frames: give a multiple of {factor}")
+        if len(frames) % factor:
             raise InputError(
                 f"the video has {len(frames)} frames and the model takes multiples of {factor}: "
                 f"remove {len(frames) % factor} or add {-len(frames) % factor}"
@@ -305,3 +309,11 @@ class Emu3Pipeline:
         )
         for original, image in zip(originals, images, strict=True):
             yield Reconstruction(original, image, codes[0], *(s / len(images) for s in seconds))
+
+
+def check_values(guidance_scale=1, **sampling):
+    """InputError where a value cannot be."""
+    from paddlemix.models.emu3.sampling import Sampling, check_guidance_scale
+
+    check_guidance_scale(guidance_scale)
+    Sampling(**sampling)

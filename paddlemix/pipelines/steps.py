@@ -132,7 +132,7 @@ class Generation:
         advice = "no picture fits"
         if best:
             height, width = (side * self.factor for side in best)
-            advice = f"the largest at {self.ratios[i]} that fits is --height={height} --width={width}"
+            advice = f"the largest at {self.ratios[i]} that fits has height={height} width={width}"
         pixels = f"{w * self.factor} x {h * self.factor} pixels"
         return f"{pixels} take {needed} tokens, the model has {limit} positions; {advice}"
 
@@ -155,10 +155,15 @@ class Understanding:
         length, limit = max(map(len, prompts)), pipeline.config.max_position_embeddings
         if max_new_tokens is None:
             max_new_tokens = min(1024, max(1, limit - length))
-        if length + max_new_tokens > limit:
+        if length >= limit:
+            self.notes.append(
+                f"the question with its picture takes {length} tokens, the model has {limit} positions: give a smaller "
+                "picture"
+            )
+        elif length + max_new_tokens > limit:
             self.notes.append(
                 f"prompt and answer take up to {length + max_new_tokens} tokens, the model has {limit} positions: "
-                "lower --max_new_tokens"
+                "lower max_new_tokens"
             )
         self.answers = [
             Answer(prompt, max_new_tokens, pipeline.config, sampling, i) for i, prompt in enumerate(prompts)

@@ -23,7 +23,7 @@ def cached_attention(query, key, value, lengths, slots=None, allowed=None):
     Args:
         query: float32 [B, new, H, D], `new` 1 to 16, rotated and not scaled. Query i of row b sees the keys before
             lengths[b] - new + 1 + i.
-        key, value: float32, bfloat16 or float16 [S, kv, room, D], a cache of S slots.
+        key, value: float32, bfloat16 or float16 [S, kv, capacity, D], a cache of S slots.
         lengths: int64 [B] on the CPU: tokens of each row in all, the new ones with them.
         slots: int64 [B] on the CPU: the slot of the cache that each row is in; None: row b in slot b, and S is B.
         allowed: bool [B, max(lengths)], False at padding; None where there is none. A query that sees no key gives the
@@ -47,7 +47,7 @@ def _check(query, key, value, lengths, slots, allowed):
     given, kept = list(query.shape), list(key.shape)
     if len(given) != 4 or len(kept) != 4 or list(value.shape) != kept or 0 in given or 0 in kept:
         raise InputError(
-            f"query must be [B, new, H, D], key and value [S, kv, room, D], none empty, got {given}, {kept} and "
+            f"query must be [B, new, H, D], key and value [S, kv, capacity, D], none empty, got {given}, {kept} and "
             f"{list(value.shape)}"
         )
     if given[3] != kept[3] or given[2] % kept[1]:
@@ -65,7 +65,7 @@ def _check(query, key, value, lengths, slots, allowed):
         raise InputError(f"without slots the cache must have one for each of {batch} rows, got {kept}")
     numbers = lengths.tolist()
     if min(numbers) < new or max(numbers) > kept[2]:
-        raise InputError(f"lengths must be {new} (the new tokens) to {kept[2]} (the room), got {numbers}")
+        raise InputError(f"lengths must be {new} (the new tokens) to {kept[2]} (the capacity), got {numbers}")
     if slots is not None and not all(0 <= slot < kept[0] for slot in slots.tolist()):
         raise InputError(f"slots must be 0 to {kept[0] - 1}, got {slots.tolist()}")
     if allowed is not None and (allowed.dtype != paddle.bool or list(allowed.shape) != [batch, max(numbers)]):
@@ -105,7 +105,7 @@ def _with_mask(query, key, value, lengths, slots, allowed):
     visible = paddle.logical_and(visible, allowed.unsqueeze(1))
     ceiling = (visible.astype("float32") - 0.5) * 2e30 - (places >= ends).astype("float32").unsqueeze(1) * 2e30
     scores = paddle.minimum(scores.reshape([batch, kv_heads, -1, new, longest]), ceiling.unsqueeze([1, 2]))
-    value = paddle.where((places < ends).unsqueeze([1, -1]), value, paddle.zeros_like(value))  # unused room may be NaN
+    value = paddle.where((places < ends).unsqueeze([1, -1]), value, paddle.zeros_like(value))  # not used: may be NaN
     weights = F.softmax(scores, axis=-1).reshape([batch, kv_heads, -1, longest])
     out = paddle.matmul(weights, value).reshape([batch, kv_heads, heads // kv_heads, new, dim])
     return out.transpose([0, 3, 1, 2, 4]).reshape([batch, new, heads * dim])

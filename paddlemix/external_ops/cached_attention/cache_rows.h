@@ -12,7 +12,7 @@ struct CacheRows {
   std::vector<int64_t> slots;  // [batch]
   int64_t longest = 0;
 
-  // Of `batch` rows with `news` new tokens each; cache [slots, kv_heads, room, dim].
+  // Of `batch` rows with `news` new tokens each; cache [slots, kv_heads, capacity, dim].
   CacheRows(const paddle::Tensor& given, const paddle::optional<paddle::Tensor>& places, int64_t batch, int64_t news,
             const std::vector<int64_t>& cache)
       : slots(batch) {
@@ -24,7 +24,7 @@ struct CacheRows {
     lengths = given.data<int64_t>();
     for (int64_t i = 0; i < batch; ++i) {
       slots[i] = places ? places->data<int64_t>()[i] : i;
-      PD_CHECK(news <= lengths[i] && lengths[i] <= cache[2], "a length must be of the new tokens to the room");
+      PD_CHECK(news <= lengths[i] && lengths[i] <= cache[2], "a length must be of the new tokens to the capacity");
       PD_CHECK(0 <= slots[i] && slots[i] < cache[0], "a slot must be one of the cache's");
       longest = std::max(longest, lengths[i]);
     }

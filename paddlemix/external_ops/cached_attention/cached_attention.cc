@@ -14,7 +14,7 @@ std::vector<Tensor> CachedAttention(const Tensor& query, const Tensor& key, cons
                                     const paddle::optional<Tensor>& slots, const paddle::optional<Tensor>& allowed) {
   const auto q = query.shape(), k = key.shape();
   PD_CHECK(q.size() == 4 && k.size() == 4 && value.shape() == k && q[3] == k[3] && k[1] > 0 && q[2] % k[1] == 0,
-           "query must be [B, new, H, D], key and value [S, kv, room, D]");
+           "query must be [B, new, H, D], key and value [S, kv, capacity, D]");
   PD_CHECK(query.dtype() == DataType::FLOAT32 && key.dtype() == value.dtype(), "query must be float32, key as value");
   const CacheRows rows(lengths, slots, q[0], q[1], k);
   PD_CHECK(!allowed || (allowed->dtype() == DataType::BOOL && allowed->numel() == q[0] * rows.longest),
@@ -35,7 +35,7 @@ std::vector<Tensor> CachedAttention(const Tensor& query, const Tensor& key, cons
   p.kv_heads = k[1];
   p.dim = q[3];
   p.longest = rows.longest;
-  p.room = k[2];
+  p.capacity = k[2];
   with_float(key.dtype(), "the cache of cached_attention",
              [&](auto type) { cached_attention::attention<decltype(type)>(p); });
   return {out};

@@ -21,13 +21,13 @@ constexpr int PIECE = 512;  // keys of one thread's task, whole blocks
 
 struct Problem {
   const float* query;      // [batch, news, heads, dim]
-  const void* key;         // [slots, kv_heads, room, dim] of T
+  const void* key;         // [slots, kv_heads, capacity, dim] of T
   const void* value;
   const int64_t* lengths;  // [batch]: tokens of each row, the new ones with them
   const int64_t* slots;    // [batch]: where in the cache each row is
   const bool* allowed;     // null or [batch, longest]
   float* out;              // [batch, news, heads, dim]
-  int64_t batch, news, heads, kv_heads, dim, longest, room;
+  int64_t batch, news, heads, kv_heads, dim, longest, capacity;
 
   int64_t group() const { return heads / kv_heads; }
   int64_t queries() const { return news * group(); }  // of a key head: those of a token one after the other
@@ -36,7 +36,7 @@ struct Problem {
     return ((row * news + q / group()) * heads + head * group() + q % group()) * dim;
   }
   // The first key or value of a row and a key head.
-  int64_t kept(int64_t row, int64_t head) const { return (slots[row] * kv_heads + head) * room * dim; }
+  int64_t kept(int64_t row, int64_t head) const { return (slots[row] * kv_heads + head) * capacity * dim; }
 };
 
 // Keys from `begin` to `end` for the queries of one row and key head, and what these know then.

@@ -40,7 +40,7 @@ Tensors DecoderStep(const Tensor& x, const Tensors& norms, const Tensors& weight
                weights[4].shape().size() == 2,
            "cosine must have four axes and a weight two");
   PD_CHECK(cache.size() == 4 && cache[3] % 2 == 0 && value.shape() == cache && value.dtype() == key.dtype(),
-           "key and value must be [S, kv, room, D] of one dtype, D even");
+           "key and value must be [S, kv, capacity, D] of one dtype, D even");
   const CacheRows rows(lengths, slots, shape[0], shape[1], cache);
   PD_CHECK(rows.differ(), "two rows of decoder_step must not be written into one slot");
   PD_CHECK(!allowed || (allowed->dtype() == DataType::BOOL && allowed->shape() == Shape({shape[0], rows.longest})),
@@ -98,7 +98,7 @@ Tensors DecoderStep(const Tensor& x, const Tensors& norms, const Tensors& weight
   p.dim = cache[3];
   p.angles = angles;
   p.longest = rows.longest;
-  p.room = cache[2];
+  p.capacity = cache[2];
   p.epsilon = epsilon;
   step(p);
   return {y};

@@ -27,11 +27,11 @@ struct Problem {
   const float *input_norm, *post_norm;              // [hidden]
   Weight q, k, v, o, gate, up, down;
   const float *cosine, *sine;  // [angles, news, dim]
-  void *key, *value;           // the cache, [slots, kv_heads, room, dim]; the new tokens are written into it
+  void *key, *value;           // the cache, [slots, kv_heads, capacity, dim]; the new tokens are written into it
   const int64_t *lengths, *slots;  // [batch]
   const bool* allowed;         // null or [batch, longest]
   float* y;                    // [batch, news, hidden]
-  int64_t batch, news, heads, kv_heads, dim, angles, longest, room;
+  int64_t batch, news, heads, kv_heads, dim, angles, longest, capacity;
   double epsilon;
 
   int64_t rows() const { return batch * news; }
@@ -55,11 +55,11 @@ inline Floats linear(const Problem& p, const Floats& x, const Weight& w) {
 
 inline Floats rms_norm(const Problem& p, const float* x, const float* scale) {
   const int64_t hidden = p.q.in;
-  Floats y(p.rows() * hidden), invvar(p.rows());
+  Floats y(p.rows() * hidden), rstd(p.rows());
   norm::Problem<float, float> one{};
   one.x = x;
   one.scale = scale;
-  one.invvar = invvar.data();
+  one.rstd = rstd.data();
   one.rows = p.rows();
   one.cols = hidden;
   one.epsilon = p.epsilon;
@@ -84,7 +84,7 @@ Floats attention(const Problem& p, const Floats& x) {
       }
       for (int64_t h = 0; h < p.kv_heads; ++h) {
         const int64_t from = (row * p.kv_heads + h) * p.dim;
-        const int64_t to = ((p.slots[b] * p.kv_heads + h) * p.room + p.lengths[b] - p.news + i) * p.dim;
+        const int64_t to = ((p.slots[b] * p.kv_heads + h) * p.capacity + p.lengths[b] - p.news + i) * p.dim;
         rotate_key(&key[from], p.cosine + angle, p.sine + angle, p.dim, (K*)p.key + to);
         for (int64_t j = 0; j < p.dim; ++j) norm::narrow(value[from + j], (K*)p.value + to + j);
       }
@@ -103,7 +103,7 @@ Floats attention(const Problem& p, const Floats& x) {
   over.kv_heads = p.kv_heads;
   over.dim = p.dim;
   over.longest = p.longest;
-  over.room = p.room;
+  over.capacity = p.capacity;
   cached_attention::attention<K>(over);
   return linear(p, out, p.o);
 }

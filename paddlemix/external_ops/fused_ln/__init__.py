@@ -25,11 +25,11 @@ def fused_rms_norm(x, scale, epsilon):
     """
     _check(x, scale)
     if ops := operators_for(x, scale):
-        y, invvar = ops.fused_rms_norm(x, scale, epsilon)
-        return y, invvar.detach()
+        y, rstd = ops.fused_rms_norm(x, scale, epsilon)
+        return y, rstd.detach()
     wide = x.astype("float32")
-    invvar = _rsqrt((wide * wide).mean(axis=-1) + epsilon)
-    return (wide * invvar.unsqueeze(-1) * scale.astype("float32")).astype(scale.dtype), invvar.detach()
+    rstd = _rsqrt((wide * wide).mean(axis=-1) + epsilon)
+    return (wide * rstd.unsqueeze(-1) * scale.astype("float32")).astype(scale.dtype), rstd.detach()
 
 
 def fused_ln(x, scale, bias, epsilon):
@@ -44,14 +44,14 @@ def fused_ln(x, scale, bias, epsilon):
     """
     _check(x, scale, bias)
     if ops := operators_for(x, scale, bias):
-        y, mean, invvar = ops.fused_ln(x, scale, bias, epsilon)
-        return y, mean.detach(), invvar.detach()
+        y, mean, rstd = ops.fused_ln(x, scale, bias, epsilon)
+        return y, mean.detach(), rstd.detach()
     wide = x.astype("float32")
     mean = wide.mean(axis=-1)
     centred = wide - mean.unsqueeze(-1)
-    invvar = _rsqrt((centred * centred).mean(axis=-1) + epsilon)
-    y = centred * invvar.unsqueeze(-1) * scale.astype("float32") + bias.astype("float32")
-    return y.astype(scale.dtype), mean.detach(), invvar.detach()
+    rstd = _rsqrt((centred * centred).mean(axis=-1) + epsilon)
+    y = centred * rstd.unsqueeze(-1) * scale.astype("float32") + bias.astype("float32")
+    return y.astype(scale.dtype), mean.detach(), rstd.detach()
 
 
 def _rsqrt(x):

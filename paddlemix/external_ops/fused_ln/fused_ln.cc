@@ -43,21 +43,21 @@ void check(const Tensor& x, const Tensor& scale, const Tensor* bias) {
 void* pointer(Tensor* x) { return x ? x->data() : nullptr; }
 const void* pointer(const Tensor* x) { return x ? x->data() : nullptr; }
 
-// {y, mean, invvar}; bias null: RMS norm, and mean is no tensor.
+// {y, mean, rstd}; bias null: RMS norm, and mean is no tensor.
 std::vector<Tensor> forward(const Tensor& x, const Tensor& scale, const Tensor* bias, float epsilon) {
   check(x, scale, bias);
   const int64_t cols = x.shape().back(), rows = x.numel() / cols;
   Tensor y = paddle::empty(x.shape(), scale.dtype(), x.place()), mean;
-  Tensor invvar = paddle::empty(rows_of(x.shape()), DataType::FLOAT32, x.place());
+  Tensor rstd = paddle::empty(rows_of(x.shape()), DataType::FLOAT32, x.place());
   if (bias) mean = paddle::empty(rows_of(x.shape()), DataType::FLOAT32, x.place());
   float* means = bias ? mean.data<float>() : nullptr;
 #ifdef PADDLE_WITH_CUDA
   if (x.is_gpu()) {
     const int error =
         emu3_norm_forward(type_of(x), type_of(scale), x.data(), scale.data(), pointer(bias), y.data(), means,
-                          invvar.data<float>(), rows, cols, epsilon, x.stream());
+                          rstd.data<float>(), rows, cols, epsilon, x.stream());
     PD_CHECK(error == 0, "CUDA error ", error, " in a norm");
-    return {y, mean, invvar};
+    return {y, mean, rstd};
   }
 #endif
   with_types(x, scale, [&](auto a, auto b) {
@@ -68,21 +68,21 @@ std::vector<Tensor> forward(const Tensor& x, const Tensor& scale, const Tensor* 
     p.scale = (const W*)scale.data();
     p.bias = (const W*)pointer(bias);
     p.mean = means;
-    p.invvar = invvar.data<float>();
+    p.rstd = rstd.data<float>();
     p.rows = rows;
     p.cols = cols;
     p.epsilon = epsilon;
     norm::forward(p, (W*)y.data());
   });
-  return {y, mean, invvar};
+  return {y, mean, rstd};
 }
 
 // {dx, dscale, dbias}; mean and bias null: RMS norm, and dbias is no tensor.
 std::vector<Tensor> backward(const Tensor& x, const Tensor& scale, const Tensor* bias, const Tensor* mean,
-                                    const Tensor& invvar, const Tensor& dy) {
+                                    const Tensor& rstd, const Tensor& dy) {
   check(x, scale, bias);
   PD_CHECK(dy.initialized() || (dy.defined() && !dy.numel()),
-           "a norm has a gradient through y alone, not through mean or invvar");
+           "a norm has a gradient through y alone, not through mean or rstd");
   PD_CHECK(dy.shape() == x.shape() && dy.dtype() == scale.dtype(), "the gradient of a norm's y must be as y");
   const int64_t cols = x.shape().back(), rows = x.numel() / cols;
   Tensor dx = paddle::empty(x.shape(), x.dtype(), x.place());
@@ -94,7 +94,7 @@ std::vector<Tensor> backward(const Tensor& x, const Tensor& scale, const Tensor*
   if (x.is_gpu()) {
     Tensor workspace = paddle::empty({2, emu3_norm_parts(rows), cols}, DataType::FLOAT32, x.place());
     const int error = emu3_norm_backward(type_of(x), type_of(scale), x.data(), scale.data(), means,
-                                         invvar.data<float>(), dy.data(), dx.data(), dscale.data(),
+                                         rstd.data<float>(), dy.data(), dx.data(), dscale.data(),
                                          pointer(dbias_pointer), workspace.data<float>(), rows, cols, x.stream());
     PD_CHECK(error == 0, "CUDA error ", error, " in the gradient of a norm");
     return {dx, dscale, dbias};
@@ -107,7 +107,7 @@ std::vector<Tensor> backward(const Tensor& x, const Tensor& scale, const Tensor*
     p.x = (const X*)x.data();
     p.scale = (const W*)scale.data();
     p.mean = const_cast<float*>(means);
-    p.invvar = const_cast<float*>(invvar.data<float>());
+    p.rstd = const_cast<float*>(rstd.data<float>());
     p.rows = rows;
     p.cols = cols;
     norm::backward(p, (const W*)dy.data(), (X*)dx.data(), (W*)dscale.data(), (W*)pointer(dbias_pointer));
@@ -120,8 +120,8 @@ std::vector<Tensor> RmsNorm(const Tensor& x, const Tensor& scale, float epsilon)
   return {out[0], out[2]};
 }
 
-std::vector<Tensor> RmsNormGrad(const Tensor& x, const Tensor& scale, const Tensor& invvar, const Tensor& dy) {
-  const auto out = backward(x, scale, nullptr, nullptr, invvar, dy);
+std::vector<Tensor> RmsNormGrad(const Tensor& x, const Tensor& scale, const Tensor& rstd, const Tensor& dy) {
+  const auto out = backward(x, scale, nullptr, nullptr, rstd, dy);
   return {out[0], out[1]};
 }
 
@@ -130,8 +130,8 @@ std::vector<Tensor> LayerNorm(const Tensor& x, const Tensor& scale, const Tensor
 }
 
 std::vector<Tensor> LayerNormGrad(const Tensor& x, const Tensor& scale, const Tensor& bias, const Tensor& mean,
-                                         const Tensor& invvar, const Tensor& dy) {
-  return backward(x, scale, &bias, &mean, invvar, dy);
+                                         const Tensor& rstd, const Tensor& dy) {
+  return backward(x, scale, &bias, &mean, rstd, dy);
 }
 
 std::vector<Shape> RmsNormShape(Shape x, Shape scale, float) { return {x, rows_of(x)}; }
@@ -147,27 +147,27 @@ std::vector<DataType> LayerNormType(DataType x, DataType scale, DataType bias) {
 
 PD_BUILD_OP(fused_rms_norm)
     .Inputs({"x", "scale"})
-    .Outputs({"y", "invvar"})
+    .Outputs({"y", "rstd"})
     .Attrs({"epsilon: float"})
     .SetKernelFn(PD_KERNEL(RmsNorm))
     .SetInferShapeFn(PD_INFER_SHAPE(RmsNormShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(RmsNormType));
 
 PD_BUILD_GRAD_OP(fused_rms_norm)
-    .Inputs({"x", "scale", "invvar", paddle::Grad("y")})
+    .Inputs({"x", "scale", "rstd", paddle::Grad("y")})
     .Outputs({paddle::Grad("x"), paddle::Grad("scale")})
     .SetKernelFn(PD_KERNEL(RmsNormGrad));
 
 PD_BUILD_OP(fused_ln)
     .Inputs({"x", "scale", "bias"})
-    .Outputs({"y", "mean", "invvar"})
+    .Outputs({"y", "mean", "rstd"})
     .Attrs({"epsilon: float"})
     .SetKernelFn(PD_KERNEL(LayerNorm))
     .SetInferShapeFn(PD_INFER_SHAPE(LayerNormShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(LayerNormType));
 
 PD_BUILD_GRAD_OP(fused_ln)
-    .Inputs({"x", "scale", "bias", "mean", "invvar", paddle::Grad("y")})
+    .Inputs({"x", "scale", "bias", "mean", "rstd", paddle::Grad("y")})
     .Outputs({paddle::Grad("x"), paddle::Grad("scale"), paddle::Grad("bias")})
     .SetKernelFn(PD_KERNEL(LayerNormGrad));
 

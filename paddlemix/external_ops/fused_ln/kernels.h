@@ -23,9 +23,9 @@ SIMD_TARGET void normalize_row(const Problem<X, W>& p, int64_t row, W* y) {
     const double centred = simd::widen(x[i]) - mean;
     squares += centred * centred;
   }
-  const double invvar = 1 / std::sqrt(squares / p.cols + p.epsilon);
-  p.invvar[row] = invvar;
-  const float middle = mean, size = invvar;
+  const double rstd = 1 / std::sqrt(squares / p.cols + p.epsilon);
+  p.rstd[row] = rstd;
+  const float middle = mean, size = rstd;
   if (p.bias) {
     for (int64_t i = 0; i < p.cols; ++i)
       narrow((simd::widen(x[i]) - middle) * size * simd::widen(p.scale[i]) + simd::widen(p.bias[i]), y + i);
@@ -35,23 +35,23 @@ SIMD_TARGET void normalize_row(const Problem<X, W>& p, int64_t row, W* y) {
   }
 }
 
-// With n = (x - mean) * invvar and g = dy * scale: dx = (g - mean(g) - n * mean(g * n)) * invvar, and mean(g) is left
+// With n = (x - mean) * rstd and g = dy * scale: dx = (g - mean(g) - n * mean(g * n)) * rstd, and mean(g) is left
 // out of RMS norm.
 template <class X, class W>
 SIMD_TARGET void row_gradient(const Problem<X, W>& p, int64_t row, const W* dy, X* dx) {
   const X* x = p.x + row * p.cols;
-  const float mean = p.mean ? p.mean[row] : 0, invvar = p.invvar[row];
+  const float mean = p.mean ? p.mean[row] : 0, rstd = p.rstd[row];
   double sum = 0, product = 0;
 #pragma omp simd reduction(+ : sum, product)
   for (int64_t i = 0; i < p.cols; ++i) {
     const float g = simd::widen(dy[i]) * simd::widen(p.scale[i]);
     sum += g;
-    product += double(g) * ((simd::widen(x[i]) - mean) * invvar);
+    product += double(g) * ((simd::widen(x[i]) - mean) * rstd);
   }
   const float shift = p.mean ? sum / p.cols : 0, slope = product / p.cols;
   for (int64_t i = 0; i < p.cols; ++i) {
     const float g = simd::widen(dy[i]) * simd::widen(p.scale[i]);
-    narrow((g - shift - (simd::widen(x[i]) - mean) * invvar * slope) * invvar, dx + i);
+    narrow((g - shift - (simd::widen(x[i]) - mean) * rstd * slope) * rstd, dx + i);
   }
 }
 
@@ -62,11 +62,11 @@ SIMD_TARGET void column_gradients(const Problem<X, W>& p, int64_t begin, int64_t
   for (int64_t row = 0; row < p.rows; ++row) {
     const X* x = p.x + row * p.cols + begin;
     const W* d = dy + row * p.cols + begin;
-    const float mean = p.mean ? p.mean[row] : 0, invvar = p.invvar[row];
+    const float mean = p.mean ? p.mean[row] : 0, rstd = p.rstd[row];
 #pragma omp simd
     for (int64_t i = 0; i < end - begin; ++i) {
       const float gradient = simd::widen(d[i]);
-      scale[i] += double(gradient) * ((simd::widen(x[i]) - mean) * invvar);
+      scale[i] += double(gradient) * ((simd::widen(x[i]) - mean) * rstd);
       bias[i] += gradient;
     }
   }

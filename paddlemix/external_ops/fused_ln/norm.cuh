@@ -47,32 +47,32 @@ __device__ inline float block_sum(float x) {
 // bias null where there is none; mean null for RMS norm.
 template <class X, class W, int N>
 __global__ void __launch_bounds__(MOST_THREADS)
-    forward_kernel(const X* x, const W* scale, const W* bias, W* y, float* mean, float* invvar, int cols,
+    forward_kernel(const X* x, const W* scale, const W* bias, W* y, float* mean, float* rstd, int cols,
                    float epsilon) {
   const int64_t row = blockIdx.x;
   const auto* from = reinterpret_cast<const Pack<X, N>*>(x + row * cols);
-  float middle = 0.f;
+  float average = 0.f;
   if (mean) {
     for (int i = threadIdx.x; i < cols / N; i += blockDim.x) {
       const Pack<X, N> values = from[i];
 #pragma unroll
-      for (int k = 0; k < N; ++k) middle += widen(values.of[k]);
+      for (int k = 0; k < N; ++k) average += widen(values.of[k]);
     }
-    middle = block_sum(middle) / cols;
+    average = block_sum(average) / cols;
   }
   float squares = 0.f;
   for (int i = threadIdx.x; i < cols / N; i += blockDim.x) {
     const Pack<X, N> values = from[i];
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const float centred = widen(values.of[k]) - middle;
+      const float centred = widen(values.of[k]) - average;
       squares += centred * centred;
     }
   }
   const float size = 1.f / sqrtf(block_sum(squares) / cols + epsilon);
   if (threadIdx.x == 0) {
-    invvar[row] = size;
-    if (mean) mean[row] = middle;
+    rstd[row] = size;
+    if (mean) mean[row] = average;
   }
   auto* to = reinterpret_cast<Pack<W, N>*>(y + row * cols);
   for (int i = threadIdx.x; i < cols / N; i += blockDim.x) {
@@ -82,24 +82,24 @@ __global__ void __launch_bounds__(MOST_THREADS)
     if (bias) shifts = reinterpret_cast<const Pack<W, N>*>(bias)[i];
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const float value = (widen(values.of[k]) - middle) * size * widen(factors.of[k]);
+      const float value = (widen(values.of[k]) - average) * size * widen(factors.of[k]);
       narrow(bias ? value + widen(shifts.of[k]) : value, out.of + k);
     }
     to[i] = out;
   }
 }
 
-// With n = (x - mean) * invvar and g = dy * scale: dx = (g - mean(g) - n * mean(g * n)) * invvar, and mean(g) is left
+// With n = (x - mean) * rstd and g = dy * scale: dx = (g - mean(g) - n * mean(g * n)) * rstd, and mean(g) is left
 // out of RMS norm.
 template <class X, class W, int N>
 __global__ void __launch_bounds__(MOST_THREADS)
-    row_gradient_kernel(const X* x, const W* scale, const float* mean, const float* invvar, const W* dy, X* dx,
+    row_gradient_kernel(const X* x, const W* scale, const float* mean, const float* rstd, const W* dy, X* dx,
                         int cols) {
   const int64_t row = blockIdx.x;
   const auto* from = reinterpret_cast<const Pack<X, N>*>(x + row * cols);
   const auto* above = reinterpret_cast<const Pack<W, N>*>(dy + row * cols);
   const auto* factors = reinterpret_cast<const Pack<W, N>*>(scale);
-  const float middle = mean ? mean[row] : 0.f, size = invvar[row];
+  const float average = mean ? mean[row] : 0.f, size = rstd[row];
   float sum = 0.f, product = 0.f;
   for (int i = threadIdx.x; i < cols / N; i += blockDim.x) {
     const Pack<X, N> values = from[i];
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
     for (int k = 0; k < N; ++k) {
       const float g = widen(gradients.of[k]) * widen(factor.of[k]);
       sum += g;
-      product += g * ((widen(values.of[k]) - middle) * size);
+      product += g * ((widen(values.of[k]) - average) * size);
     }
   }
   const float slope = block_sum(product) / cols;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(MOST_THREADS)
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const float g = widen(gradients.of[k]) * widen(factor.of[k]);
-      narrow((g - shift - (widen(values.of[k]) - middle) * size * slope) * size, out.of + k);
+      narrow((g - shift - (widen(values.of[k]) - average) * size * slope) * size, out.of + k);
     }
     to[i] = out;
   }
@@ -151,14 +151,14 @@ __device__ bool column_sums(int64_t begin, int64_t end, int column, bool inside,
 
 // partial: float [2, gridDim.y, cols], of scale and of bias
 template <class X, class W>
-__global__ void column_gradient_kernel(const X* x, const float* mean, const float* invvar, const W* dy, float* partial,
+__global__ void column_gradient_kernel(const X* x, const float* mean, const float* rstd, const W* dy, float* partial,
                                        int64_t rows, int cols) {
   const int column = blockIdx.x * COLUMNS + threadIdx.x;
   const int64_t begin = rows * blockIdx.y / gridDim.y, end = rows * (blockIdx.y + 1) / gridDim.y;
   float scale, bias;
   const auto value = [=](int64_t row, int c, float& a, float& b) {
     const float gradient = widen(dy[row * cols + c]);
-    a += gradient * ((widen(x[row * cols + c]) - (mean ? mean[row] : 0.f)) * invvar[row]);
+    a += gradient * ((widen(x[row * cols + c]) - (mean ? mean[row] : 0.f)) * rstd[row]);
     b += gradient;
   };
   if (column_sums(begin, end, column, column < cols, value, &scale, &bias)) {
@@ -197,18 +197,18 @@ int values_a_time(int64_t cols, const T*... pointers) {
   return cols % 4 == 0 && aligned ? 4 : 1;
 }
 
-// x [rows, cols], scale and bias [cols] (bias null: none), y [rows, cols]; mean (null: RMS norm) and invvar [rows].
+// x [rows, cols], scale and bias [cols] (bias null: none), y [rows, cols]; mean (null: RMS norm) and rstd [rows].
 // All on the device and contiguous.
 template <class X, class W>
-cudaError_t forward(const X* x, const W* scale, const W* bias, W* y, float* mean, float* invvar, int64_t rows,
+cudaError_t forward(const X* x, const W* scale, const W* bias, W* y, float* mean, float* rstd, int64_t rows,
                     int64_t cols, float epsilon, cudaStream_t stream) {
   if (!fits(rows, cols)) return cudaErrorInvalidValue;
   if (rows == 0 || cols == 0) return cudaSuccess;
   if (values_a_time(cols, x, scale, bias, y) == 4)
     forward_kernel<X, W, 4>
-        <<<rows, threads_for(cols / 4), 0, stream>>>(x, scale, bias, y, mean, invvar, cols, epsilon);
+        <<<rows, threads_for(cols / 4), 0, stream>>>(x, scale, bias, y, mean, rstd, cols, epsilon);
   else
-    forward_kernel<X, W, 1><<<rows, threads_for(cols), 0, stream>>>(x, scale, bias, y, mean, invvar, cols, epsilon);
+    forward_kernel<X, W, 1><<<rows, threads_for(cols), 0, stream>>>(x, scale, bias, y, mean, rstd, cols, epsilon);
   return cudaGetLastError();
 }
 
@@ -217,17 +217,17 @@ inline int parts(int64_t rows) { return rows < 64 ? 1 : rows < 8192 ? int(rows /
 
 // dbias null where there is none.
 template <class X, class W>
-cudaError_t backward(const X* x, const W* scale, const float* mean, const float* invvar, const W* dy, X* dx, W* dscale,
+cudaError_t backward(const X* x, const W* scale, const float* mean, const float* rstd, const W* dy, X* dx, W* dscale,
                      W* dbias, float* workspace, int64_t rows, int64_t cols, cudaStream_t stream) {
   if (!fits(rows, cols)) return cudaErrorInvalidValue;
   if (cols == 0) return cudaSuccess;
   if (rows && values_a_time(cols, x, scale, dy, dx) == 4)
     row_gradient_kernel<X, W, 4>
-        <<<rows, threads_for(cols / 4), 0, stream>>>(x, scale, mean, invvar, dy, dx, cols);
+        <<<rows, threads_for(cols / 4), 0, stream>>>(x, scale, mean, rstd, dy, dx, cols);
   else if (rows)
-    row_gradient_kernel<X, W, 1><<<rows, threads_for(cols), 0, stream>>>(x, scale, mean, invvar, dy, dx, cols);
+    row_gradient_kernel<X, W, 1><<<rows, threads_for(cols), 0, stream>>>(x, scale, mean, rstd, dy, dx, cols);
   const dim3 threads(COLUMNS, LANES), blocks((cols + COLUMNS - 1) / COLUMNS, parts(rows));
-  column_gradient_kernel<<<blocks, threads, 0, stream>>>(x, mean, invvar, dy, workspace, rows, cols);
+  column_gradient_kernel<<<blocks, threads, 0, stream>>>(x, mean, rstd, dy, workspace, rows, cols);
   add_partial_kernel<<<blocks.x, threads, 0, stream>>>(workspace, dscale, dbias, parts(rows), cols);
   return cudaGetLastError();
 }

@@ -37,7 +37,7 @@ struct Problem {
   const W* scale;
   const W* bias;
   float* mean;    // [rows]
-  float* invvar;  // [rows]
+  float* rstd;  // [rows]
   int64_t rows, cols;
   double epsilon;
 };

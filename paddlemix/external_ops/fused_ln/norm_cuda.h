@@ -7,9 +7,9 @@
 
 extern "C" {
 int emu3_norm_forward(int x_type, int w_type, const void* x, const void* scale, const void* bias, void* y, float* mean,
-                      float* invvar, int64_t rows, int64_t cols, float epsilon, void* stream);
+                      float* rstd, int64_t rows, int64_t cols, float epsilon, void* stream);
 int emu3_norm_parts(int64_t rows);
-int emu3_norm_backward(int x_type, int w_type, const void* x, const void* scale, const float* mean, const float* invvar,
+int emu3_norm_backward(int x_type, int w_type, const void* x, const void* scale, const float* mean, const float* rstd,
                        const void* dy, void* dx, void* dscale, void* dbias, float* workspace, int64_t rows,
                        int64_t cols, void* stream);
 }

@@ -190,6 +190,8 @@ class Emu3Config(_Config):
         scaling = self.rope_scaling
         if scaling is None:
             return
+        if self.head_dim <= 2:
+            raise InputError(f"config: rope_scaling needs heads of more than 2 numbers, these have {self.head_dim}")
         factor = scaling.get("factor") if isinstance(scaling, dict) else None
         if (
             not isinstance(scaling, dict)

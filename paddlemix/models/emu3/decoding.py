@@ -43,6 +43,8 @@ class Batch:
             raise InputError(f"decoding must be one of {', '.join(DECODING)}, got {decoding!r}")
         if window is not None and window < 1:
             raise InputError(f"window must be 1 or more, got {window}")
+        if model.training:
+            raise InputError("the model is in training, where dropout would change what is drawn: call model.eval()")
         self.model, self.decoding, self.window = model, decoding, window
         self.on_cpu = is_on_cpu(model)
         self.most = few_rows() if self.on_cpu else FEW_ROWS  # tokens of a pass that do not depend on each other
@@ -57,7 +59,7 @@ class Batch:
     def join(self, *sequences):
         """Let sequences take part from the next step on: those that join together start together.
 
-        One that was in a batch before goes on: what it has drawn is read again.
+        One that was in a batch before goes on here: what it has drawn is read again, and the other batch lets it go.
 
         Raises:
             InputError: a sequence is in this batch already, its ids are not of this model, or the cache does not fit
@@ -69,17 +71,17 @@ class Batch:
         if len({*sequences, *self.slots}) < len(sequences) + len(self.slots):
             raise InputError("a sequence joins a batch once: it is there already")
         rows = [row for sequence in sequences for row in sequence.prompts]
-        size = self.model.config.vocab_size
         for row in rows:
-            if min(row) < 0 or max(row) >= size:
-                raise InputError(f"a prompt's ids must be 0 to {size - 1}, got {min(row)} to {max(row)}")
+            ids, size = np.asarray(row), self.model.config.vocab_size
+            if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= size:
+                raise InputError(f"a prompt's ids must be whole numbers from 0 to {size - 1}, got {ids!r}")
         length = max(sequence.length for sequence in sequences) + self.most  # a row may be filled up to another's new
         if self.cache is None:
             self.cache = self.model.make_cache(len(rows), length)
         slots = iter(self.cache.take(len(rows), length))
         for sequence in sequences:
             self.slots[sequence] = [next(slots) for _ in sequence.prompts]
-            sequence.cached = 0
+            sequence.batch, sequence.cached = self, 0
         self.waiting.append(sequences)
         self._passes.clear()
 
@@ -87,18 +89,20 @@ class Batch:
         """Let a sequence go, done or not; its slots are others' to take. One that is not here is let go already."""
         if sequence not in self.slots:
             return
-        self.cache.free(self.slots.pop(sequence))
         self.running = [other for other in self.running if other is not sequence]
         for group in self.waiting:
             group[:] = [other for other in group if other is not sequence]
+        self.cache.free(self.slots.pop(sequence))
         self._passes.clear()
 
     @paddle.no_grad()
     def step(self):
         """Read a part of the prompts that wait, and run one pass for all whose prompts are read.
 
-        Returns a list of (sequence, how many tokens it gained); those that are done have left.
+        Returns a list of (sequence, how many tokens it gained); those that are done have left. After an error or Ctrl-C
+        in it the next step goes on as if nothing had been.
         """
+        self._settle()
         self._read_prompts()
         gained = []
         for group in self._groups():
@@ -108,13 +112,26 @@ class Batch:
                     self.leave(sequence)
         return gained
 
+    def _settle(self):
+        """Bring in order what is here and what is in the cache, however far the step before has come."""
+        waiting = {sequence for group in self.waiting for sequence in group}
+        for sequence in list(self.slots):
+            here = sequence in waiting or sequence in self.running
+            if sequence.is_done or sequence.batch is not self or not here:
+                self.leave(sequence)
+        self.running = [s for s in dict.fromkeys(self.running) if s in self.slots and s not in waiting]
+        for sequence in self.running:
+            for prompt, slot in zip(sequence.prompts, self.slots[sequence], strict=True):
+                self.cache.lengths[slot] = len(prompt) - 1 + sequence.cached
+
     def _read_prompts(self):
         """Every row by itself, but for its last token, which the first step reads."""
         budget = chunk = PROMPT_CHUNK["cpu" if self.on_cpu else "gpu"]
         while self.waiting and budget > 0:
             row = next(self._unread(self.waiting[0]), None)
             if row is None:
-                self.running += self.waiting.popleft()
+                self.running = [*self.running, *self.waiting[0]]
+                self.waiting.popleft()
                 continue
             prompt, slot = row
             past = int(self.cache.lengths[slot])
@@ -170,8 +187,6 @@ class Batch:
         for sequence, read, count in shape:
             gained.append((sequence, sequence.accept(read, picked[start : start + count])))
             start += count
-            for prompt, slot in zip(sequence.prompts, self.slots[sequence], strict=True):
-                self.cache.lengths[slot] = len(prompt) - 1 + sequence.cached
         return gained
 
     def _reserve(self, length):

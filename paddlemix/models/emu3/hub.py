@@ -82,7 +82,8 @@ def _fetch_from_hub(name, required, optional):
     except LocalEntryNotFoundError:
         pass
     except HFValidationError:
-        raise InputError(f"no checkpoint at {name!r}: it is no directory, and no name that the hub can have") from None
+        reason = "it is not a directory, and not a name that the hub can have"
+        raise InputError(f"no checkpoint at {name!r}: {reason}") from None
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except GatedRepoError:

@@ -107,13 +107,13 @@ class WeightOnlyLinear(nn.Layer):
         except (AssertionError, OSError, RuntimeError, ValueError) as error:  # CUDA's own errors come as OSError
             raise InputError(
                 f"Paddle's int{self.bits} kernels do not take a weight {[len(weight), in_features]} on this card: "
-                "take bfloat16, or --device=cpu"
+                "take bfloat16, or the device cpu"
             ) from error
         right = paddle.matmul(x.astype("float32"), dequantize(weight, scale, in_features), transpose_y=True)
         if not float((found - right).norm()) <= TOLERANCE * float(right.norm()):
             raise InputError(
                 f"Paddle's int{self.bits} kernels compute a weight {[len(weight), in_features]} wrongly on this card: "
-                "take bfloat16, or --device=cpu"
+                "take bfloat16, or the device cpu"
             )
 
     def forward(self, x, rows=None):

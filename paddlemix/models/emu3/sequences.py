@@ -54,7 +54,7 @@ class Drawing:
         self.forced = np.append(grammar.img, grammar.forced_ids([size])[0, :-1])
         self.ids = np.where(self.forced < 0, grammar.first_visual, self.forced)
         self.known = 1  # so many ids are drawn or forced, those behind them are guesses
-        self.cached = 0  # so many ids are in the cache for good
+        self.cached, self.batch = 0, None  # so many ids are in the cache of this batch for good
         if drawn is not None:
             self.known += self._check_drawn(drawn)
             self.ids[1 : self.known] = drawn
@@ -132,7 +132,8 @@ class Drawing:
         if self.window:  # what comes new into the next window: more of the same is the best first guess
             new = slice(span.stop, span.stop + right + 1)
             self.ids[new] = np.where(self.forced[new] < 0, sampled[-1], self.forced[new])
-        self.known, self.cached = start + right, start + right - 1
+        self.known = start + right  # before `cached`: whoever breaks this off may go on
+        self.cached = self.known - 1
         return self.gained - before
 
     def _next(self):
@@ -177,7 +178,7 @@ class Answer:
         self.head, self.end = (0, config.vocab_size), config.eos_token_id
         self.sampling, self.noise = sampling, Noise(sampling, number, config.vocab_size)
         self.ids, self.ended = [], False
-        self.cached = 0  # of the prompt's last token and the ids
+        self.cached, self.batch = 0, None  # so many of the prompt's last token and the ids, in this batch's cache
         self.length = len(prompt) + max_new_tokens - 1
 
     @property
@@ -198,10 +199,9 @@ class Answer:
         return self.sampling.pick(logits[0], noise)
 
     def accept(self, read, picked):
-        self.cached += read
-        if not len(picked):
-            return 0
-        token = int(picked[0])
-        self.ended = token == self.end
-        self.ids += [] if self.ended else [token]
-        return 0 if self.ended else 1
+        if len(picked):
+            token = int(picked[0])
+            self.ended = token == self.end
+            self.ids += [] if self.ended else [token]
+        self.cached += read  # last: whoever breaks this off may go on
+        return int(len(picked) and not self.ended)

@@ -65,7 +65,7 @@ def _read_ranks(path):
         if token in ranks:
             raise InputError(f"{place}: the token {token!r} already has rank {ranks[token]}")
         ranks[token] = rank
-    for byte in range(256):  # BPE starts from single bytes: tiktoken panics at one that is no token
+    for byte in range(256):  # BPE starts from single bytes: tiktoken panics at one that is not a token
         if bytes([byte]) not in ranks:
             raise InputError(f"{path}: no line holds the byte {byte:#04x}, each of the 256 must be a token")
     return ranks
@@ -152,7 +152,7 @@ class Emu3Tokenizer:
         self._roles = {name: t.get("content") if isinstance(t, dict) else t for name, t in roles.items()}
         for name, token in self._roles.items():
             if token not in specials:
-                raise InputError(f"{name}={token!r} is no special token of {special_tokens_file}")
+                raise InputError(f"{name}={token!r} is not a special token of {special_tokens_file}")
 
     @classmethod
     def from_pretrained(cls, name_or_dir, **overrides):
@@ -197,7 +197,7 @@ class Emu3Tokenizer:
         for form in (tokens, tokens.encode() if isinstance(tokens, str) else tokens):
             if form in self._ids:
                 return self._ids[form]
-        raise InputError(f"{tokens!r} is no token of this vocabulary")
+        raise InputError(f"{tokens!r} is not a token of this vocabulary")
 
     def convert_ids_to_tokens(self, ids):
         """The token (bytes, or str if special) of one id, a list for several."""
@@ -239,7 +239,7 @@ class Emu3Tokenizer:
         ids = [ids] if isinstance(ids, Integral) else list(ids)
         for i in ids:
             if not (isinstance(i, Integral) and 0 <= i < len(self)):
-                raise InputError(f"{reprlib.repr(i)} is no token id: they are integers below {len(self)}")
+                raise InputError(f"{reprlib.repr(i)} is not a token id: they are integers below {len(self)}")
         return ids
 
     def __call__(
