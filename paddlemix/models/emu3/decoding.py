@@ -226,7 +226,7 @@ class Pass:
         self.model, self.cache, self.shape = batch.model, batch.cache, shape
         self.rows = [batch.slots[sequence] for sequence, _, _ in shape]  # of each sequence in the pass
         slots = [slot for row in self.rows for slot in row]
-        self.slots, self.lengths = None, self.cache.lengths
+        self.slots = None
         if batch.on_cpu:
             self.slots, numbers = paddle.to_tensor(slots), iter(range(len(slots)))
             self.rows = [[next(numbers) for _ in row] for row in self.rows]
