@@ -124,6 +124,17 @@ def test_answers_hold_whole_characters(emu3, picture, monkeypatch):
     assert texts == [["", "\ufffd"], ["é", ""], [" ", ""], ["x", ""]]
 
 
+def test_a_picture_of_several_questions_is_encoded_once(emu3, picture, monkeypatch):
+    sizes, encode = [], emu3.processor._encode
+    monkeypatch.setattr(emu3.processor, "_encode", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
+    other = picture.copy()
+    questions = ["What colour is the circle?", "Please describe the image"]
+    assert emu3.understand([picture, other, picture], [*questions, questions[1]])[1:] == emu3.understand(
+        picture, [questions[1]] * 2
+    )
+    assert sizes == [2, 1]
+
+
 def test_answers_by_chance(emu3, picture):
     question = "Please describe the image"
     draws = []

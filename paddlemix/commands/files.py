@@ -17,14 +17,14 @@ def load_pictures(paths, image_processor):
     """PIL pictures of files, each of a shape that can be encoded; InputError names the file that is not."""
     from paddlemix.processors.image_processing_emu3 import load_image
 
-    images = []
-    for path in paths:
-        images.append(load_image(find_file(path)))
+    images = {}
+    for path in dict.fromkeys(paths):  # one of several questions is read once
+        images[path] = load_image(find_file(path))
         try:
-            image_processor(images[-1])
+            image_processor(images[path])
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-    return images
+    return [images[path] for path in paths]
 
 
 def find_file(path):

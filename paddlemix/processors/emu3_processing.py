@@ -157,7 +157,10 @@ class Emu3Processor:
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if len(images) != len(texts) or any(i is None for i in images):
             raise InputError(f'mode "U" takes a picture a text: {len(texts)} texts, {len(images)} pictures')
-        codes = self.tokenize_image(images, padding_image=padding_image)
+        unique = {id(one): one for one in images}  # a picture of several questions is encoded once
+        encoded = self.tokenize_image(list(unique.values()), padding_image=padding_image)
+        by_picture = dict(zip(unique, encoded, strict=True))
+        codes = [by_picture[id(one)] for one in images]
         rows = [self._fill_template(t, self.grammar.encode(c)) for t, c in zip(texts, codes, strict=True)]
         return rows, [c.shape for c in codes]
 
