@@ -45,10 +45,15 @@ def write_atomically(path, content):
 
 
 class replacing:
-    """A temporary file beside `path` that takes its place if all goes well and vanishes if not."""
+    """A temporary file beside `path` that takes its place if all goes well and vanishes if not.
+
+    Through a link it is the file that the link leads to. InputError: what is there is not a regular file.
+    """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path = Path(os.path.realpath(path))
+        if self.path.exists() and not self.path.is_file():
+            raise InputError(f"{path} is not a regular file: it is not replaced; give the name of a file")
 
     def __enter__(self):
         handle, self.temporary = tempfile.mkstemp(

@@ -21,6 +21,8 @@ import random_checkpoints
 from conftest import EXAMPLES, relative_error
 from PIL import Image
 
+from paddlemix.utils import InputError, replacing
+
 ROOT = Path(__file__).resolve().parents[1]
 
 SEE = 'autoencode.py --model_path="BAAI/Emu3-VisionTokenizer" --image_path="paddlemix/demo_images/emu3_demo.png"'
@@ -192,6 +194,80 @@ def test_drawings_in_one_folder_keep_their_own_tokens(tmp_path, capsys):
     assert gone.drawn is None and capsys.readouterr().err.count("drawing on") == 1
 
 
+def test_commands_in_one_folder_take_names_of_their_own(tmp_path):
+    """Many at once, each of several pictures: none overwrites another's."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from paddlemix.commands.files import save_results
+
+    def save(i):
+        return save_results([Image.new("RGB", (8, 8), (i, j, 0)) for j in range(5)], tmp_path, [{"n": i}] * 5)
+
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(save, range(12)))
+    assert len({path for some in paths for path in some}) == 60 == len(list(tmp_path.iterdir()))
+    for i, some in enumerate(paths):
+        for j, path in enumerate(some):
+            assert Image.open(path).getpixel((0, 0)) == (i, j, 0) and Image.open(path).text["n"] == str(i)
+
+
+def test_a_result_that_cannot_be_written_leaves_no_empty_file(tmp_path, monkeypatch):
+    from paddlemix.commands.files import save_results
+
+    save, calls = Image.Image.save, []
+
+    def full(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(InputError, match="No space left"):
+        save_results([Image.new("RGB", (8, 8))] * 3, tmp_path, [{}] * 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["result_0.png"]
+
+
+def test_a_token_file_damaged_in_any_way_is_one_line(tmp_path):
+    """Flipped bytes, cut files, other content: read as it was, or refused."""
+    from paddlemix.commands.unfinished import Unfinished
+
+    def unfinished(resume=False):
+        return Unfinished(argparse.Namespace(output_dir=str(tmp_path), resume=resume), {"prompt": ["a", "b"]})
+
+    first = unfinished()
+    first.save([np.arange(40), np.arange(7)])
+    path = tmp_path / "result_0.tokens.npz"
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    damaged = [whole[:n] for n in range(1, len(whole), 37)]
+    for _ in range(300):
+        at = rng.integers(len(whole))
+        damaged.append(whole[:at] + bytes([whole[at] ^ (1 << rng.integers(8))]) + whole[at + 1 :])
+    others = [
+        {"drawn": np.arange(3), "settings": "{}"}, {"settings": json.dumps(["a"])}, {"settings": "[" * 100_000},
+        {"settings": json.dumps({"prompt": 5})},
+        {"settings": json.dumps({"prompt": {"a": 1}}), "drawn_0": np.arange(3)},
+        {"settings": json.dumps({"prompt": ["a", "b"]}), "drawn_0": np.arange(3), "drawn_1": np.zeros([2, 2], int)},
+        {"settings": json.dumps({"prompt": ["a", "b"]}), "drawn_0": np.arange(3), "drawn_1": np.zeros(2)},
+        {"settings": json.dumps({"prompt": ["a", "b"]}), "drawn_0": np.array([object()])},
+    ]  # fmt: skip
+    for other in others:
+        np.savez(path, **other)
+        damaged.append(path.read_bytes())
+    np.save(tmp_path / "list.npy", np.arange(5))
+    damaged += [(tmp_path / "list.npy").read_bytes(), b"", b"[1, 2]", b"\x80\x04N."]
+    refused_ones = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            again = unfinished(resume=True)
+            assert again.drawn is None or [d.tolist() for d in again.drawn] == [list(range(40)), list(range(7))]
+        except InputError as error:
+            refused_ones += 1
+            assert "is damaged, or of another version: remove it" in str(error) or "of another drawing" in str(error)
+    assert refused_ones > len(others) + 100
+
+
 def test_being_ended_prints_nothing(folder):
     process = subprocess.Popen(
         f"exec {sys.executable} {EXAMPLES}/{DRAW} --seed=1", shell=True, cwd=folder, stdout=subprocess.PIPE,
@@ -304,6 +380,47 @@ def test_preview(command, folder, monkeypatch):
     before = (folder / "p.png").stat().st_mtime_ns
     preview.update(generation)  # too soon
     assert (folder / "p.png").stat().st_mtime_ns == before
+
+
+def test_a_preview_or_statistics_that_cannot_be_written_spoil_nothing(command, folder, monkeypatch):
+    """What was drawn is reported first."""
+    from paddlemix.commands import files
+
+    save = files.save_picture
+
+    def no_preview(image, path, text=None):
+        if Path(path).name == "p.png":
+            raise InputError("cannot write p.png")
+        return save(image, path, text)
+
+    monkeypatch.setattr(files, "save_picture", no_preview)
+    code, out, err = draw(command, "--preview=p.png")
+    assert code == 0 and last_line(out) == "wrote result_0.png" and "note: cannot write p.png" in err
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write_atomically", full)
+    for run, wrote in ((draw, "wrote result_1.png"), (see, "wrote recon_image.png, recon_image_compare.png")):
+        code, out, err = run(command, "--stats_json=s.json")
+        assert code == 2 and last_line(out) == wrote and "No space left on device" in err
+
+
+def test_output_through_a_link(command, folder):
+    """The file that it leads to is written, and the link stays."""
+    (folder / "elsewhere").mkdir()
+    (folder / "link.json").symlink_to("elsewhere/stats.json")
+    (folder / "recon_image.png").symlink_to("elsewhere/picture.png")
+    assert see(command, "--stats_json=link.json")[0] == 0
+    for link, target in (("link.json", "stats.json"), ("recon_image.png", "picture.png")):
+        assert (folder / link).is_symlink() and (folder / "elsewhere" / target).is_file()
+    for name in ("stats.json", "out.txt"):  # a pipe, and where the command prints to
+        line = f"--stats_json {'/dev/stdout' if name == 'out.txt' else '/dev/stderr'}"
+        done = shell(f"{SEE} {line} > {name}", folder)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "error: --stats_json /dev/std" in done.stderr
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(InputError, match="not a regular file"):
+        replacing(folder / "pipe.png")
 
 
 def test_jacobi_draws_what_step_draws(command, folder):

@@ -45,5 +45,5 @@ def main(args):
                 stats["encode_s"] += one.encode_s
                 stats["decode_s"] += one.decode_s
     say(f"encoded in {stats['encode_s']:.2f} s, decoded in {stats['decode_s']:.2f} s")
-    write_stats(args, **stats, seconds=sum(stats.values()), load_s=load.seconds)
     wrote(written)
+    write_stats(args, **stats, seconds=sum(stats.values()), load_s=load.seconds)

@@ -214,10 +214,20 @@ def _check_outputs(args):
         file = getattr(args, name, None)
         if file and Path(file).exists() and not Path(file).is_file():
             raise InputError(f"--{name} {file} is not a file: give the name of one")
+        if file and any(_is_stream(file, stream) for stream in (1, 2)):
+            raise InputError(f"--{name} {file} is where this command prints to: give the name of another file")
         folders += [Path(file).parent] if file else []
     for folder in folders:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise InputError(f"cannot write into {folder}: give a folder that exists and that you may write to")
+
+
+def _is_stream(path, descriptor):
+    """Whether a path leads to the file of an open descriptor."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def _settle_models(args):

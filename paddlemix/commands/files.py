@@ -47,14 +47,36 @@ def frame_paths(folder):
     return sorted(paths, key=lambda p: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", p.name)])
 
 
-def free_paths(folder, stem, count, own=None):
-    """The next `count` paths stem_N.png that no earlier result has, and no unfinished one but `own`."""
+def claim_paths(folder, stem, count, suffix, own=None):
+    """The next `count` paths stem_N + suffix that no result has, finished or not, but for `own`: empty files, made
+    here, so that no other command takes the same names."""
     import re
 
     names = [p.name for p in Path(folder).iterdir() if p != own]
     taken = [re.fullmatch(rf"{stem}_(\d+)\.(png|tokens\.npz)", name) for name in names]
-    first = max((int(m[1]) + 1 for m in taken if m), default=0)
-    return [Path(folder) / f"{stem}_{first + i}.png" for i in range(count)]
+    number, paths = max((int(m[1]) + 1 for m in taken if m), default=0), []
+    while len(paths) < count:
+        path = Path(folder) / f"{stem}_{number}{suffix}"
+        number += 1
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        paths.append(path)
+    return paths
+
+
+def save_results(images, folder, texts, own=None):
+    """Write pictures under names of their own; returns their paths. What cannot be written leaves no empty file."""
+    paths, written = claim_paths(folder, "result", len(images), ".png", own), 0
+    try:
+        for path, image, text in zip(paths, images, texts, strict=True):
+            save_picture(image, path, text)
+            written += 1
+    finally:
+        for path in paths[written:]:
+            path.unlink(missing_ok=True)
+    return paths
 
 
 def save_picture(image, path, text=None):
@@ -86,13 +108,19 @@ class Preview:
         if started < self.next:
             return
         self.next = float("inf")  # whoever interrupts this one wants no other
-        try:
-            save_picture(next_to_each_other(generation.images()), self.path)
-        except InputError:
-            note(f"cannot write {self.path}: drawing on without a preview")
+        if not self.show(generation.images()):
             return
         now = time.monotonic()
         self.next = now + 9 * (now - started)
+
+    def show(self, images):
+        """Write them; whether that went well. The pictures matter more than this one of them."""
+        try:
+            save_picture(next_to_each_other(images), self.path)
+        except InputError:
+            note(f"cannot write {self.path}: going on without a preview")
+            return False
+        return True
 
 
 def next_to_each_other(images):

@@ -2,7 +2,7 @@
 """Text-to-image: draw pictures from prompts."""
 
 from .console import Loading, Stopwatch, add_texts, integer, make_parser, note, number, progress_bar, say
-from .files import Preview, free_paths, next_to_each_other, save_picture, write_stats, wrote
+from .files import Preview, save_results, write_stats, wrote
 from .language_model import add_dtype, add_model_paths, make_pipeline, note_dtype
 from .unfinished import Unfinished, fingerprint
 
@@ -72,20 +72,19 @@ def main(args):
             draw(generation, unfinished, Preview(args.preview) if args.preview else None)
         with Stopwatch() as decode:
             images = generation.images()
-        paths = free_paths(args.output_dir, "result", len(images), own=unfinished.path)
-        for i, (path, image) in enumerate(zip(paths, images, strict=True)):
-            save_picture(image, path, generation.metadata(i))
-        if args.preview:
-            save_picture(next_to_each_other(images), args.preview)
+        texts = [generation.metadata(i) for i in range(len(images))]
+        paths = save_results(images, args.output_dir, texts, unfinished.path)
         unfinished.finish()
     tokens = generation.tokens - kept
     rate = tokens / watch.seconds
     say(f"{tokens} tokens in {watch.seconds:.1f} s, {rate:.1f} a second")
+    wrote(paths)
+    if args.preview:
+        Preview(args.preview).show(images)
     write_stats(
         args, tokens=tokens, seconds=watch.seconds, tokens_per_s=rate, forward_passes=generation.forward_passes,
         load_s=load.seconds, decode_s=decode.seconds,
     )  # fmt: skip
-    wrote(paths)
 
 
 def draw(generation, unfinished, preview):

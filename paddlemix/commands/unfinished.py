@@ -11,7 +11,7 @@ from pathlib import Path
 from paddlemix.utils import InputError, write_atomically
 
 from .console import note
-from .files import free_paths
+from .files import claim_paths
 
 SUFFIX = ".tokens.npz"
 
@@ -56,23 +56,13 @@ class Unfinished:
         tokens = {f"drawn_{i}": row for i, row in enumerate(drawn)}
         np.savez_compressed(file, settings=json.dumps(self.settings), **tokens)
         try:
-            self.path = self.path or self._claim()
+            self.path = self.path or claim_paths(self.folder, "result", 1, SUFFIX)[0]
             write_atomically(self.path, file.getvalue())
             self.drawn = drawn
         except OSError as error:  # a full disk may have room again when the picture is done
             if not self.failed:
                 note(f"cannot keep what is drawn so far in {self.folder}: {error.strerror}; drawing on")
             self.failed = True
-
-    def _claim(self):
-        """A name that no other command takes at the same time."""
-        while True:
-            path = free_paths(self.folder, "result", 1)[0].with_suffix(SUFFIX)
-            try:
-                path.touch(exist_ok=False)
-                return path
-            except FileExistsError:
-                pass
 
     def finish(self):
         if self.path:
@@ -96,16 +86,18 @@ class Unfinished:
 
 
 def _read(path):
-    import zipfile
-
+    """(settings, of each picture the tokens). InputError: the file holds anything else."""
     import numpy as np
 
     try:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             settings = json.loads(str(file["settings"]))
-            return settings, [file[f"drawn_{i}"] for i in range(len(settings["prompt"]))]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
-        raise InputError(f"{path} is damaged: remove it, or leave out --resume") from None
+            drawn = [file[f"drawn_{i}"] for i in range(len(settings["prompt"]))]
+            if not isinstance(settings["prompt"], list) or not all(d.ndim == 1 and d.dtype.kind == "i" for d in drawn):
+                raise ValueError
+            return settings, drawn
+    except Exception:  # whatever NumPy, zip and JSON make of a damaged file
+        raise InputError(f"{path} is damaged, or of another version: remove it, or leave out --resume") from None
 
 
 def _differences(saved, asked):
