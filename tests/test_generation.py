@@ -191,6 +191,8 @@ def test_mistakes(language_model):
         generate_images(language_model, PROMPTS, SIZES, GRAMMAR)
     with pytest.raises(ValueError, match="end with the image token"):
         generate_images(language_model, [[1, 2]], SIZES[:1], GRAMMAR, NEGATIVE[:1])
+    with pytest.raises(ValueError, match="is too large: at most 16777216"):
+        generate_images(language_model, PROMPTS[:1], [(100_000, 100_000)], GRAMMAR, NEGATIVE[:1])
     with pytest.raises(ValueError, match="at least one row"):
         generate_images(language_model, PROMPTS[:1], [(0, 3)], GRAMMAR, NEGATIVE[:1])
     how = language_model, PROMPTS[:1], [(2, 2)], GRAMMAR, NEGATIVE[:1]

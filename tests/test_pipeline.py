@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -200,6 +201,11 @@ def test_the_checkpoint_says_what_is_good(emu3, tmp_path):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (lambda e: e.generate("x", num_images=10**9), "at most 10000 pictures"),
+        (lambda e: e.generate("x", num_images=9999, height=512, width=512), "GB of memory for the keys and values"),
+        (lambda e: e.generate("x", height=100_000, width=100_000), "GB of memory for"),
+        (lambda e: e.generate("x " * 100_000), "the prompt has 2000.. tokens, the model has 1024 pos"),
+        (lambda e: e.generate("x", negative_prompt="y " * 100_000), "the negative_prompt has 2000.. tokens"),
         (lambda e: e.generate("x", num_images=0), "num_images must be 1 or more"),
         (lambda e: e.generate("x", height=-8, width=8), "height and width must be positive"),
         (lambda e: e.generate("x", ratio="abc"), "'abc'"),
@@ -221,5 +227,17 @@ def test_the_checkpoint_says_what_is_good(emu3, tmp_path):
     ],
 )
 def test_mistakes(emu3, call, words):
+    _ = emu3.processor
+    started = time.monotonic()
     with pytest.raises(ValueError, match=words):
         call(emu3)
+    assert time.monotonic() - started < 5  # before any work; a second on a quiet machine
+
+
+def test_a_long_negative_prompt_gets_the_note_that_a_prompt_gets(emu3):
+    long = "y " * 480
+    assert not emu3.generate_steps("x").notes
+    for how in ({"prompt": long}, {"prompt": "x", "negative_prompt": long}):
+        [note] = emu3.generate_steps(**how).notes
+        assert "64 x 64 pixels take" in note and "the model has 1024 positions" in note
+    assert not emu3.generate_steps("x", negative_prompt=long, guidance_scale=1).notes

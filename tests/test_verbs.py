@@ -214,12 +214,14 @@ def test_a_text_that_an_option_has_swallowed(command, folder):
 
 def test_needs_are_those_of_the_released_checkpoints():
     """Worked out from config.json alone, and counted in the released files."""
+    from paddlemix.models.emu3.cache import cache_bytes
+
     count = sum(math.prod(shape) for shape in golden("layout-Emu3-8B.json").values())
     config = Emu3Config()
     assert needs.parameters(config) == count
     assert needs.weight_bytes(config, "float32") == 4 * count and needs.weight_bytes(config, "bfloat16") == 2 * count
     assert needs.picture_tokens(config) == (720, 64 + 90 * 91 + 3)
-    assert needs.cache_bytes(config, "bfloat16", 2, 9216) == 2 * 9216 * 2 * 32 * 1024 * 2
+    assert cache_bytes(config, 2 * 9216, 2) == 2 * 9216 * 2 * 32 * 1024 * 2
     layout = golden("layout-Emu3-VisionTokenizer.json")
     weights, features = needs.vision_bytes(Emu3VisionVQConfig(), 720 * 720)
     assert weights == pytest.approx(4 * sum(math.prod(shape) for shape in layout.values()), rel=1e-3)

@@ -96,13 +96,18 @@ def run(parser, command, arguments=None):
         _drop_stdout()
         sys.exit(141)
     except (InputError, OSError) as error:
-        sys.exit(_complain(f"error: {' '.join(str(error).split())}", 2))
+        sys.exit(_complain(f"error: {_cut(' '.join(str(error).split()))}", 2))
     except MemoryError as error:
         sys.exit(_complain(f"error: {_out_of_memory(error)}", 2))
     except KeyboardInterrupt as stop:
         sys.exit(_complain(f"\ninterrupted{': ' if stop.args else ''}{stop}", 130))
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _cut(text, most=700):
+    """Long values are cut in the middle: what is accepted stands at the end."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _out_of_memory(error):

@@ -10,7 +10,7 @@ from paddlemix.machine import available_cores, free_memory
 from paddlemix.paddle_private import num_threads
 
 from .console import DEVICE_HELP, bare_parser, say
-from .needs import cache_bytes, parameters, picture_tokens, vision_bytes, weight_bytes
+from .needs import parameters, picture_tokens, vision_bytes, weight_bytes
 
 
 def parser(prog=None):
@@ -81,6 +81,7 @@ def cpu_name():
 def checkpoint(args, machine):
     """What a checkpoint is, and the bytes that it needs in each dtype to draw a picture of its own size."""
     from paddlemix.models.emu3 import Emu3Config, Emu3VisionVQConfig
+    from paddlemix.models.emu3.cache import cache_bytes
     from paddlemix.models.emu3.hub import MINI
 
     config = Emu3Config.from_pretrained(args.model_path)
@@ -93,7 +94,8 @@ def checkpoint(args, machine):
     for dtype in [quantized] if quantized else machine["dtypes"]:
         if config.tie_word_embeddings and dtype in ("int8", "int4"):
             continue  # a head that is the embedding is not quantized
-        need = {"weights": weight_bytes(config, dtype), "keys_and_values": cache_bytes(config, dtype, 2, tokens)}
+        kept = cache_bytes(config, 2 * tokens, 4 if dtype == "float32" else 2)
+        need = {"weights": weight_bytes(config, dtype), "keys_and_values": kept}
         need |= {"vision_tokenizer": weights + features}
         total = sum(need.values())
         needs[dtype] = {**need, "total": total, "fits": total <= machine["free_memory"]}

@@ -40,12 +40,6 @@ def weight_bytes(config, dtype):
     return quantized + other * 2  # the embedding stays in 16 bits; the norms are little
 
 
-def cache_bytes(config, dtype, rows, tokens):
-    """Keys and values of so many rows of tokens."""
-    itemsize = 4 if dtype == "float32" else 2
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * rows * tokens * itemsize
-
-
 def picture_tokens(config, factor=8):
     """(side in pixels, tokens with a prompt) of the picture that the checkpoint draws by itself."""
     side = math.isqrt(config.image_area) // factor

@@ -31,6 +31,8 @@ from .steps import Generation, Reconstruction, Understanding
 # the original's values, where neither the caller nor the checkpoint's generation_config.json has others
 DEFAULTS = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 2048, "top_p": 1.0}
 
+MOST_PICTURES = 10_000
+
 
 class Emu3Pipeline:
     """A language model, a vision tokenizer and their processor. Each is loaded when it is first needed, and once.
@@ -191,6 +193,8 @@ class Emu3Pipeline:
             raise InputError("prompt must be a text or a list of texts, at least one")
         if num_images < 1:
             raise InputError(f"num_images must be 1 or more, got {num_images}")
+        if len(prompts) * num_images > MOST_PICTURES:
+            raise InputError(f"at most {MOST_PICTURES} pictures are drawn together, got {len(prompts) * num_images}")
         if min(side for side in (height, width, 1) if side is not None) < 1:
             raise InputError(f"height and width must be positive, got {height} and {width}")
         for one in ratios:

@@ -4,8 +4,10 @@
 import time
 from dataclasses import dataclass
 
+from paddlemix.machine import require_memory
 from paddlemix.processors.emu3_processing import largest_size
 from paddlemix.processors.image_processing_emu3 import psnr
+from paddlemix.utils import InputError
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Generation:
         self.rows = positive["input_ids"], negatives
         self.factor = pipeline.processor.vision_tokenizer.spatial_scale_factor
         self.sizes = [(h * self.factor, w * self.factor) for h, w in self.codes]
+        self._check_sizes()
         self.notes = list(dict.fromkeys(filter(None, map(self._note, range(len(prompts))))))
         self.forward_passes = 0
         self.drawings = None
@@ -76,6 +79,10 @@ class Generation:
             "model_path": self.pipeline.model_path, "vq_model_path": self.pipeline.vq_model_path,
             "dtype": self.pipeline.model.weight_dtype,
         }  # fmt: skip
+
+    @property
+    def is_guided(self):
+        return self.values["guidance_scale"] != 1
 
     @property
     def tokens(self):
@@ -121,10 +128,28 @@ class Generation:
             images.append(image)
         return images
 
+    def _check_sizes(self):
+        """InputError where the model or the memory cannot take what is asked for: before any work is done."""
+        from paddlemix.models.emu3.cache import cache_bytes
+
+        config, limit = self.pipeline.config, self.pipeline.config.max_position_embeddings
+        tokens = 0
+        for i, (h, w) in enumerate(self.codes):
+            for name, rows in zip(("prompt", "negative_prompt")[: 1 + self.is_guided], self.rows):
+                length = len(rows[i])
+                if length > limit:
+                    raise InputError(f"the {name} has {length} tokens, the model has {limit} positions: shorten it")
+                tokens += length + h * (w + 1)
+        for h, w in set(self.codes):
+            self.pipeline.vision_tokenizer.require_memory_to_decode(1, h, w)
+        itemsize = 4 if self.pipeline.dtype == "float32" else 2
+        purpose = f"for the keys and values of {tokens} tokens, {len(self.codes)} pictures at once"
+        require_memory(cache_bytes(config, tokens, itemsize), purpose)
+
     def _note(self, i):
         """Positions beyond those of the training give poor pictures: which size does not."""
         grammar, limit = self.pipeline.processor.grammar, self.pipeline.config.max_position_embeddings
-        (h, w), length = self.codes[i], len(self.rows[0][i])
+        (h, w), length = self.codes[i], max(len(rows[i]) for rows in self.rows[: 1 + self.is_guided])
         needed = length + grammar.num_tokens(h, w)
         if needed <= limit:
             return None

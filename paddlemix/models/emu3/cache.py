@@ -11,6 +11,11 @@ from paddlemix.machine import require_memory
 CACHE_BLOCK = 1024  # tokens that a cache grows by
 
 
+def cache_bytes(config, tokens, itemsize):
+    """What the keys and values of so many tokens take, in numbers of so many bytes."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize * tokens
+
+
 class KVCache:
     """Keys and values of every layer, [slots, kv_heads, capacity, head_dim], written in place.
 
@@ -29,7 +34,7 @@ class KVCache:
 
     def __init__(self, config, slots, max_length, dtype="float32"):
         self.lengths, self.taken, self.max_length = np.zeros(slots, np.int64), [False] * slots, max_length
-        self.shape = config.num_key_value_heads, config.head_dim
+        self.config, self.shape = config, (config.num_key_value_heads, config.head_dim)
         self.layers, self.itemsize = config.num_hidden_layers, paddle.empty([0], dtype=dtype).element_size()
         self._require_memory(slots, max_length, 0)
         shape = [slots, self.shape[0], min(max_length, CACHE_BLOCK), self.shape[1]]
@@ -150,7 +155,6 @@ class KVCache:
 
     def _require_memory(self, slots, max_length, held):
         """`held`: the tokens that memory was taken for before."""
-        heads, dim = self.shape
         tokens = slots * max_length
-        size = 2 * self.layers * heads * dim * self.itemsize
-        require_memory(size * (tokens - held), f"for the keys and values of {tokens} tokens")
+        size = cache_bytes(self.config, tokens - held, self.itemsize)
+        require_memory(size, f"for the keys and values of {tokens} tokens")

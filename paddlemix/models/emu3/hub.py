@@ -27,7 +27,10 @@ def fetch(name_or_path, required, optional=(), part="language_model"):
     """
     if not str(name_or_path or "").strip():
         raise InputError("the path of the checkpoint is empty: give a directory or a hub name such as BAAI/Emu3-Gen")
-    path = MINI_DIRECTORY / part if name_or_path == MINI else Path(name_or_path).expanduser()
+    try:
+        path = MINI_DIRECTORY / part if name_or_path == MINI else Path(name_or_path).expanduser()
+    except RuntimeError:  # of a ~user that there is not
+        path = Path(name_or_path)
     if path.suffix in PICKLE_SUFFIXES and path.is_file():
         refuse_pickle(name_or_path, path.name)
     if not path.is_dir():

@@ -77,9 +77,13 @@ class ImageGrammar:
     def forced_ids(self, sizes):
         """`forced` of every position of pictures (h, w), int64 [pictures, positions]: up to the last row end of the
         longest one, -1 where it is a visual token."""
-        positions = range(max(h * (w + 1) for h, w in sizes))
-        ids = [[self.forced(h, w, p) for p in positions] for h, w in sizes]
-        return np.array([[-1 if i is None else i for i in row] for row in ids], dtype=np.int64)
+        ids = np.full([len(sizes), max(h * (w + 1) for h, w in sizes)], self.pad, dtype=np.int64)
+        for row, (h, w) in zip(ids, sizes, strict=True):
+            body, end = h * (w + 1), [self.eof, self.eoi, self.eos]
+            row[:body] = -1
+            row[w : body : w + 1] = self.eol
+            row[body : body + 3] = end[: len(row) - body]
+        return ids
 
     def encode(self, codes):
         """The ids of a whole picture, BOI to EOI. codes: integer array [h, w] -> list[int]."""

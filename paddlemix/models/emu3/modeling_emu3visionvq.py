@@ -372,8 +372,7 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
         self._check_codes(codes)
         is_picture = codes.ndim == 3
         frames = 1 if is_picture else self.config.temporal_downsample_factor
-        pixels = math.prod(codes.shape[-2:]) * self.spatial_scale_factor**2
-        self._require_memory(self.decoder, math.prod(codes.shape[:-2]) * frames, pixels)
+        self.require_memory_to_decode(math.prod(codes.shape[:-2]) * frames, *codes.shape[-2:])
         if is_picture:
             codes = codes.unsqueeze(1)
         quantized = self.quantize.embedding(codes).transpose([0, 4, 1, 2, 3])  # [B, embed_dim, t, h, w]
@@ -384,6 +383,10 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
         z, zq = frames.transpose([0, 2, 1, 3, 4]).chunk(2)  # [B, T, z, h, w]
         pixels = self.decoder.decode_frames(z.flatten(0, 1), zq.flatten(0, 1))
         return pixels if is_picture else pixels.reshape([*z.shape[:2], *pixels.shape[1:]])
+
+    def require_memory_to_decode(self, frames, height, width):
+        """InputError where there is not enough memory to decode frames of so many codes, on a CPU."""
+        self._require_memory(self.decoder, frames, height * width * self.spatial_scale_factor**2)
 
     def _require_memory(self, half, frames, pixels):
         """On a CPU: what the features of the first level take, times what was measured."""

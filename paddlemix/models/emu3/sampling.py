@@ -26,7 +26,9 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 < self.temperature < math.inf:
-            raise InputError(f"temperature must be above 0, got {self.temperature}; top_k=1 gives greedy decoding")
+            raise InputError(
+                f"temperature must be above 0 and finite, got {self.temperature}; top_k=1 gives greedy decoding"
+            )
         if self.top_k < 0:
             raise InputError(f"top_k must be 0 (all) or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:

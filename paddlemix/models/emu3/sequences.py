@@ -11,6 +11,8 @@ from paddlemix.utils import InputError
 
 from .sampling import GREEDY, Noise, Sampling, check_guidance_scale
 
+MOST_CODES = 1 << 24  # of a picture, more than any memory holds the keys and values of
+
 
 class Drawing:
     """One picture: its tokens, drawn one after the other, between those that the grammar forces.
@@ -46,6 +48,8 @@ class Drawing:
             )
         if min(size) < 1:
             raise InputError(f"a picture has at least one row and one column of tokens, got {tuple(size)}")
+        if size[0] * size[1] > MOST_CODES:
+            raise InputError(f"a picture of {size[0]} x {size[1]} codes is too large: at most {MOST_CODES} are taken")
         self.size, self.grammar, self.guidance_scale, self.number = size, grammar, guidance_scale, number
         self.sampling = sampling or Sampling()
         self.head = grammar.first_visual, grammar.first_visual + grammar.codebook_size  # the outputs that it needs
