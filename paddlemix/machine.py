@@ -106,7 +106,6 @@ def peak_host_memory():
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
     except (OSError, IndexError):
         import resource
-        import sys
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

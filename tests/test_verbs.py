@@ -221,7 +221,7 @@ def test_needs_are_those_of_the_released_checkpoints():
     assert needs.parameters(config) == count
     assert needs.weight_bytes(config, "float32") == 4 * count and needs.weight_bytes(config, "bfloat16") == 2 * count
     assert needs.picture_tokens(config) == (720, 64 + 90 * 91 + 3)
-    assert cache_bytes(config, 2 * 9216, 2) == 2 * 9216 * 2 * 32 * 1024 * 2
+    assert cache_bytes(config, 2 * 9216, "bfloat16") == 2 * 9216 * 2 * 32 * 1024 * 2
     layout = golden("layout-Emu3-VisionTokenizer.json")
     weights, features = needs.vision_bytes(Emu3VisionVQConfig(), 720 * 720)
     assert weights == pytest.approx(4 * sum(math.prod(shape) for shape in layout.values()), rel=1e-3)

@@ -94,8 +94,7 @@ def checkpoint(args, machine):
     for dtype in [quantized] if quantized else machine["dtypes"]:
         if config.tie_word_embeddings and dtype in ("int8", "int4"):
             continue  # a head that is the embedding is not quantized
-        kept = cache_bytes(config, 2 * tokens, 4 if dtype == "float32" else 2)
-        need = {"weights": weight_bytes(config, dtype), "keys_and_values": kept}
+        need = {"weights": weight_bytes(config, dtype), "keys_and_values": cache_bytes(config, 2 * tokens, dtype)}
         need |= {"vision_tokenizer": weights + features}
         total = sum(need.values())
         needs[dtype] = {**need, "total": total, "fits": total <= machine["free_memory"]}

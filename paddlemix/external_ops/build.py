@@ -3,8 +3,8 @@
 
     python -m paddlemix.external_ops.build
 
-A temporary folder holds what comes up on the way. setup.py tells what is compiled; where nvcc fails, the operators are
-built for the CPU.
+A temporary folder holds what comes up on the way. setup.py decides what is compiled; where nvcc fails, the operators
+are built for the CPU.
 """
 
 import os
@@ -27,7 +27,7 @@ def main():
         code, log = setup(sources)
         device = "a CPU and CUDA" if "external_ops: CUDA for" in log else "a CPU"
         if code and device != "a CPU":
-            print("external_ops: nvcc failed, so the operators are built for the CPU alone")
+            print("external_ops: nvcc failed, so the operators are built only for the CPU")
             device = "a CPU"
             code, log = setup(sources, EMU3_OPS_CUDA="0")
     if code:

@@ -142,9 +142,8 @@ class Generation:
                 tokens += length + h * (w + 1)
         for h, w in set(self.codes):
             self.pipeline.vision_tokenizer.require_memory_to_decode(1, h, w)
-        itemsize = 4 if self.pipeline.dtype == "float32" else 2
         purpose = f"for the keys and values of {tokens} tokens, {len(self.codes)} pictures at once"
-        require_memory(cache_bytes(config, tokens, itemsize), purpose)
+        require_memory(cache_bytes(config, tokens, self.pipeline.dtype), purpose)
 
     def _note(self, i):
         """Positions beyond those of the training give poor pictures: which size does not."""

@@ -85,8 +85,8 @@ Tensors DecoderStep(const Tensor& x, const Tensors& norms, const Tensors& weight
   p.down = weight(6, inner, hidden);
   p.cosine = cosine.data<float>();
   p.sine = sine.data<float>();
-  p.key = const_cast<void*>(key.data());
-  p.value = const_cast<void*>(value.data());
+  p.key = key.data();
+  p.value = value.data();
   p.lengths = rows.lengths;
   p.slots = rows.slots.data();
   p.allowed = allowed ? allowed->data<bool>() : nullptr;

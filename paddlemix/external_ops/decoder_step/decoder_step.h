@@ -21,17 +21,16 @@ struct Weight {
   int64_t in, out;
 };
 
-struct Problem {
+// The attention's fields, of which `query` and `out` are set on the way. The new tokens are written into `key` and
+// `value`.
+struct Problem : cached_attention::Problem {
   void (*linear)(const few_rows_linear::Problem&);  // for the dtype of the weights
   const float* x;                                   // [batch, news, hidden]
   const float *input_norm, *post_norm;              // [hidden]
   Weight q, k, v, o, gate, up, down;
   const float *cosine, *sine;  // [angles, news, dim]
-  void *key, *value;           // the cache, [slots, kv_heads, capacity, dim]; the new tokens are written into it
-  const int64_t *lengths, *slots;  // [batch]
-  const bool* allowed;         // null or [batch, longest]
   float* y;                    // [batch, news, hidden]
-  int64_t batch, news, heads, kv_heads, dim, angles, longest, capacity;
+  int64_t angles;              // batch, or 1 for all rows
   double epsilon;
 
   int64_t rows() const { return batch * news; }
@@ -84,26 +83,14 @@ Floats attention(const Problem& p, const Floats& x) {
       }
       for (int64_t h = 0; h < p.kv_heads; ++h) {
         const int64_t from = (row * p.kv_heads + h) * p.dim;
-        const int64_t to = ((p.slots[b] * p.kv_heads + h) * p.capacity + p.lengths[b] - p.news + i) * p.dim;
+        const int64_t to = p.kept(b, h) + (p.lengths[b] - p.news + i) * p.dim;
         rotate_key(&key[from], p.cosine + angle, p.sine + angle, p.dim, (K*)p.key + to);
         for (int64_t j = 0; j < p.dim; ++j) norm::narrow(value[from + j], (K*)p.value + to + j);
       }
     }
-  cached_attention::Problem over;
+  cached_attention::Problem over = p;
   over.query = query.data();
-  over.key = p.key;
-  over.value = p.value;
-  over.lengths = p.lengths;
-  over.slots = p.slots;
-  over.allowed = p.allowed;
   over.out = out.data();
-  over.batch = p.batch;
-  over.news = p.news;
-  over.heads = p.heads;
-  over.kv_heads = p.kv_heads;
-  over.dim = p.dim;
-  over.longest = p.longest;
-  over.capacity = p.capacity;
   cached_attention::attention<K>(over);
   return linear(p, out, p.o);
 }

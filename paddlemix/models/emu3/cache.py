@@ -8,11 +8,14 @@ import paddle
 
 from paddlemix.machine import require_memory
 
+from .checkpoint import dtype_name
+
 CACHE_BLOCK = 1024  # tokens that a cache grows by
 
 
-def cache_bytes(config, tokens, itemsize):
-    """What the keys and values of so many tokens take, in numbers of so many bytes."""
+def cache_bytes(config, tokens, dtype):
+    """What the keys and values of so many tokens take where the model is of a dtype: all but float32 keep 16 bits."""
+    itemsize = 4 if dtype == "float32" else 2
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize * tokens
 
 
@@ -35,10 +38,10 @@ class KVCache:
     def __init__(self, config, slots, max_length, dtype="float32"):
         self.lengths, self.taken, self.max_length = np.zeros(slots, np.int64), [False] * slots, max_length
         self.config, self.shape = config, (config.num_key_value_heads, config.head_dim)
-        self.layers, self.itemsize = config.num_hidden_layers, paddle.empty([0], dtype=dtype).element_size()
+        self.dtype = dtype_name(dtype)
         self._require_memory(slots, max_length, 0)
-        shape = [slots, self.shape[0], min(max_length, CACHE_BLOCK), self.shape[1]]
-        self.keys, self.values = ([paddle.zeros(shape, dtype=dtype) for _ in range(self.layers)] for _ in "kv")
+        shape, layers = [slots, self.shape[0], min(max_length, CACHE_BLOCK), self.shape[1]], config.num_hidden_layers
+        self.keys, self.values = ([paddle.zeros(shape, dtype=dtype) for _ in range(layers)] for _ in "kv")
 
     @property
     def slots(self):
@@ -156,5 +159,5 @@ class KVCache:
     def _require_memory(self, slots, max_length, held):
         """`held`: the tokens that memory was taken for before."""
         tokens = slots * max_length
-        size = cache_bytes(self.config, tokens - held, self.itemsize)
+        size = cache_bytes(self.config, tokens - held, self.dtype)
         require_memory(size, f"for the keys and values of {tokens} tokens")

@@ -22,8 +22,8 @@ class Pictures:
 
 
 def make_drawings(
-    prompts, sizes, grammar, negative_prompts=None, guidance_scale=3.0, sampling=None, drawn=None, first_number=0
-):
+    prompts, sizes, grammar, negative_prompts=None, guidance_scale=3.0, sampling=None, drawn=None
+):  # fmt: skip
     """A Drawing for each prompt, as `generate_images` takes them; they are numbered one after the other."""
     count = len(prompts)
     negative_prompts = [None] * count if guidance_scale == 1 else negative_prompts
@@ -33,7 +33,7 @@ def make_drawings(
         raise InputError(f"drawn must hold the tokens of each picture: {count} pictures, got {len(drawn)}")
     return [
         Drawing(
-            prompts[i], sizes[i], grammar, negative_prompts[i], guidance_scale, sampling, first_number + i,
+            prompts[i], sizes[i], grammar, negative_prompts[i], guidance_scale, sampling, i,
             None if drawn is None else drawn[i],
         )
         for i in range(count)
