@@ -31,6 +31,10 @@ NORM_SHAPES = [(0, 8), (1, 1), (5, 1), (3, 7), (9, 129), (130, 36), (1, 1027), (
 MORE_NORM_SHAPES = [(8200, 33), (70001, 5), (65, 4096), (300, 14336)]  # on a card: every slice of rows, many blocks
 CODEBOOKS = [(0, 3, 2), (1, 1, 1), (33, 257, 4), (31, 256, 3), (40, 513, 8), (64, 300, 5), (7, 512, 32)]
 MORE_CODEBOOKS = [(8100, 32768, 4), (100003, 1000, 4)]  # positions, size, dim
+QUANTIZED = [(dtype, bits) for dtype in ("float16", "bfloat16") for bits in (8, 4)]
+LINEAR_SHAPES = [(0, 16, 1), (1, 16, 1), (2, 144, 33), (3, 512, 130), (8, 272, 7), (11, 256, 40), (34, 400, 129),
+                 (77, 128, 16)]  # rows, in, out  # fmt: skip
+MORE_LINEAR_SHAPES = [(2, 4096, 184622), (16, 14336, 4096), (34, 4096, 1024), (4097, 4096, 1000)]  # the released sizes
 EPSILON = 1e-5
 MARGIN = 64  # values before and after each tensor
 
@@ -57,7 +61,10 @@ def main():
         print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, sm_{', sm_'.join(architectures)}")
         limit = copied_bytes_a_second()
         print(f"a large copy moves {limit / 1e9:.0f} GB/s")
-        rows, wrong = check(library, "cuda", NORM_SHAPES + MORE_NORM_SHAPES, CODEBOOKS + MORE_CODEBOOKS)
+        rows, wrong = check(
+            library, "cuda", NORM_SHAPES + MORE_NORM_SHAPES, CODEBOOKS + MORE_CODEBOOKS,
+            LINEAR_SHAPES + MORE_LINEAR_SHAPES,
+        )  # fmt: skip
         print(table(rows, times(library), limit))
     print(*wrong, sep="\n")
     return 1 if wrong else 0
@@ -229,21 +236,64 @@ def check_search(library, device, positions, size, dim, offset):
     return {"codes": max(errors)}, wrong
 
 
+def quantized_weight(bits, out, inputs, random, device):
+    """A packed weight, its scale, and its value as float64 [out, in]: the layout of external_ops/README.md."""
+    groups = 1 if bits == 8 else -(-inputs // 128)
+    largest = 2 ** (bits - 1) - 1
+    levels = torch.randint(-largest, largest + 1, (out, inputs), generator=random, device=device)
+    scale = torch.rand(out, groups, generator=random, device=device) / largest
+    per_input = scale.repeat_interleave(128, 1)[:, :inputs] if bits == 4 else scale
+    packed = levels.to(torch.int8)
+    if bits == 4:
+        halves = torch.nn.functional.pad(levels, (0, groups * 128 - inputs)).view(out, groups, 2, 64) + 8
+        packed = (halves[:, :, 0] + 16 * halves[:, :, 1]).to(torch.uint8).view(out, -1)
+    return packed, scale, levels * per_input.double()
+
+
+def quantized_linear(library, bits, x, weight, scale, y):
+    """x [rows, in], y [rows, out]"""
+    pointers = map(pointer, (x, weight, scale, y))
+    sizes = map(ctypes.c_int64, (*x.shape, y.shape[1]))
+    kind = TYPES[str(x.dtype).removeprefix("torch.")]
+    return library.emu3_quantized_linear(kind, bits, *pointers, *sizes, stream(x.device.type))
+
+
+def check_quantized(library, device, rows, inputs, out, dtype, bits, offset):
+    """As check_norm."""
+    random = torch.Generator(device).manual_seed(rows + out)
+    weight, scale, values = quantized_weight(bits, out, inputs, random, device)
+    at = 8 * offset  # values: addresses of 16 bytes are what the kernel asks for
+    x, around_x = guarded(torch.randn(rows, inputs, generator=random, device=device), getattr(torch, dtype), device, at)
+    y, around = guarded(torch.full([rows, out], float("nan")), getattr(torch, dtype), device, at)
+    codes, results = [], []
+    for _ in range(2):
+        codes.append(quantized_linear(library, bits, x, weight, scale, y))
+        results.append(y.clone())
+    wrong = [f"CUDA error {code}" for code in codes if code]
+    wrong += [] if same(*results) else ["y differs from call to call"]
+    wrong += [] if untouched(y, around) and untouched(x, around_x) else ["something was written beside y"]
+    expected = x.double() @ values.t()
+    return {"y": worst(y, expected, float(expected.abs().max()) if rows else 1) / ROUNDING[dtype]}, wrong
+
+
 def check_refusals(library, device):
     """What the C functions must refuse: types that are none, sizes past those of a grid or an int, long latents."""
     one = torch.ones(1, 1, device=device)
-    p, n, none = pointer(one), ctypes.c_int64(1), ctypes.c_int64(2**40)
+    p, n, sixteen, none = pointer(one), *map(ctypes.c_int64, (1, 16, 2**40))
     calls = {
         "type 3": library.emu3_norm_forward(3, 0, *[p] * 6, n, n, ctypes.c_float(1), stream(device)),
         "2^40 rows": library.emu3_norm_forward(0, 0, *[p] * 6, none, n, ctypes.c_float(1), stream(device)),
         "2^40 columns": library.emu3_norm_backward(0, 0, *[p] * 9, n, none, stream(device)),
         "dim 33": library.emu3_nearest_codeword(*[p] * 5, n, ctypes.c_int64(33), n, stream(device)),
         "2^40 codewords": library.emu3_nearest_codeword(*[p] * 5, n, n, none, stream(device)),
+        "quantized type 0": library.emu3_quantized_linear(0, 8, *[p] * 4, n, sixteen, n, stream(device)),
+        "3 bits": library.emu3_quantized_linear(2, 3, *[p] * 4, n, sixteen, n, stream(device)),
+        "17 inputs": library.emu3_quantized_linear(2, 8, *[p] * 4, n, ctypes.c_int64(17), n, stream(device)),
     }
     return [f"{name}: accepted" for name, code in calls.items() if code != 1]  # cudaErrorInvalidValue
 
 
-def check(library, device, norm_shapes=NORM_SHAPES, codebooks=CODEBOOKS):
+def check(library, device, norm_shapes=NORM_SHAPES, codebooks=CODEBOOKS, linear_shapes=LINEAR_SHAPES):
     """([(kernel, types, cases, largest error as a share of what is allowed)], what is wrong in words)"""
     cases = {}
     for layer in (False, True):
@@ -256,6 +306,12 @@ def check(library, device, norm_shapes=NORM_SHAPES, codebooks=CODEBOOKS):
     cases["nearest codeword", "float32"] = [
         (f"{sizes} + {offset}", check_search, (*sizes, offset)) for sizes in codebooks for offset in (0, 1)
     ]
+    for dtype, bits in QUANTIZED:
+        cases["quantized linear", f"{dtype}, int{bits}"] = [
+            (f"{sizes} + {offset}", check_quantized, (*sizes, dtype, bits, offset))
+            for sizes in linear_shapes
+            for offset in (0, 1)
+        ]
     rows, wrong = [], check_refusals(library, device)
     for (kernel, types), calls in cases.items():
         largest = 0.0
@@ -313,7 +369,25 @@ def times(library, rows=16384, cols=4096, positions=8100, size=32768, dim=4):
     sizes = [ctypes.c_int64(number) for number in (positions, dim, size)]
     call = seconds(lambda: library.emu3_nearest_codeword(*pointers, *sizes, stream("cuda")))
     found["nearest codeword", "float32"] = [("search, bound by arithmetic", call, moved)]
+    for dtype, bits in QUANTIZED:
+        found["quantized linear", f"{dtype}, int{bits}"] = [
+            (f"{rows} rows of 4096 x 14336", *time_quantized(library, dtype, bits, rows)) for rows in (1, 2, 8, 34)
+        ]
     return found
+
+
+def time_quantized(library, dtype, bits, rows, out=14336, inputs=4096, copies=10):
+    """(seconds, bytes of the weight) of one of many weights, so that none is in the card's cache."""
+    weights = torch.randint(0, 256, (copies, out, inputs * bits // 8), dtype=torch.uint8, device="cuda")
+    scale = torch.ones(out, 1 if bits == 8 else inputs // 128, device="cuda")
+    x = torch.randn(rows, inputs, device="cuda").to(getattr(torch, dtype))
+    y = torch.empty(rows, out, device="cuda", dtype=x.dtype)
+
+    def all_of_them():
+        for weight in weights:
+            quantized_linear(library, bits, x, weight, scale, y)
+
+    return seconds(all_of_them, repeats=10) / copies, weights[0].nbytes
 
 
 def table(rows, timed, limit):

@@ -22,7 +22,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using std::min;
 
@@ -125,6 +125,23 @@ inline void launch(dim3 grid, dim3 block, size_t, cudaStream_t, const std::funct
 }
 
 }  // namespace cuda_on_host
+
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= uint32_t(bytes >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+  return out;
+}
 
 inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::IN_SYNCTHREADS); }
 

@@ -1,10 +1,13 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""A linear layer for few rows on a CPU: float32 activations, weights of 32, 16, 8 or 4 bits.
+"""A linear layer for few rows: on a CPU float32 activations and weights of 32, 16, 8 or 4 bits; on a card 16-bit
+activations and weights of 8 or 4 bits.
 
 With few rows the time goes into reading the weights, so the compiled operator reads them once, in the bits that they
 are kept in, and widens them in registers. Without it the same is computed with Paddle, more slowly.
 """
 
+import functools
+import logging
 import math
 
 import paddle
@@ -12,14 +15,17 @@ import paddle.nn.functional as F
 
 from paddlemix.utils import InputError
 
-from .. import operators, wants_gradient
+from .. import operators, operators_for, wants_gradient
 
 FEW_ROWS = 64  # so many rows are computed while the weights are read once; more go by blocks
 FEW_ROWS_WITHOUT = 16  # without the compiled operators, two rows a time
 GROUP = 128  # inputs that share a scale in 4 bits
 CHUNK = 1 << 24  # weights a time where they are widened with Paddle: never a whole large matrix in float32
+TOLERANCE = 0.01  # of the largest result: what 16 bits round by is half of it
 TINY = 1e-30  # a row or group of nothing larger becomes zeros: the inverse of its scale could overflow
 FLOATS = (paddle.float32, paddle.bfloat16, paddle.float16)
+IN_STEPS = 16  # of inputs, on a card
+WITH_TENSOR_CORES = 8, 0  # compute capability
 
 
 def few_rows():
@@ -28,21 +34,23 @@ def few_rows():
 
 
 def few_rows_linear(x, weight, scale=None):
-    """x times the transposed weight, without bias; on a CPU.
+    """x times the transposed weight, without bias.
 
     Args:
-        x: float32 [..., in].
+        x: float32 [..., in]; with an int8 or uint8 weight float16 or bfloat16 as well, for a card.
         weight: float32 or bfloat16 [out, in]; or int8 [out, in] or uint8 [out, ceil(in / 128) * 64], as `quantize`
             gives them.
         scale: of int8 float32 [out], of uint8 float32 [out, ceil(in / 128)]; None for floats.
 
     Returns:
-        float32 [..., out]
+        [..., out], of x's dtype
     """
-    if x.dtype != paddle.float32 or x.ndim == 0:
-        raise InputError(f"few_rows_linear takes float32 activations [..., in], got {x.dtype} {list(x.shape)}")
+    if x.ndim == 0 or x.dtype not in (FLOATS if scale is not None else FLOATS[:1]):
+        wanted = "float32" if scale is None else "float32, or 16-bit,"
+        raise InputError(f"few_rows_linear takes {wanted} activations [..., in], got {x.dtype} {list(x.shape)}")
     _check(x.shape[-1], weight, scale)
-    if (ops := operators()) and not wants_gradient(x, weight):
+    ops = None if wants_gradient(x, weight) else operators_for(x)
+    if ops and (x.dtype == paddle.float32 if x.place.is_cpu_place() else card_takes(x, weight)):
         return ops.few_rows_linear(x, weight, scale)
     rows = x.reshape([-1, x.shape[-1]])
     return _with_paddle(rows, weight, scale).reshape([*x.shape[:-1], weight.shape[0]])
@@ -88,6 +96,36 @@ def dequantize(weight, scale, in_features):
     return (codes * scale.unsqueeze(-1)).reshape([out, groups * GROUP])[:, :in_features]
 
 
+def card_takes(x, weight):
+    """Whether the CUDA kernel computes this on the card, rightly."""
+    fits = x.dtype != paddle.float32 and weight.dtype in (paddle.int8, paddle.uint8) and x.shape[-1] % IN_STEPS == 0
+    return fits and kernel_is_right(x.dtype, 8 if weight.dtype == paddle.int8 else 4, x.place.gpu_device_id())
+
+
+@functools.cache
+def kernel_is_right(dtype, bits, card):
+    """Compares the CUDA kernel with Paddle's product once, for each number of rows that it has a way for."""
+    if paddle.device.cuda.get_device_capability(card) < WITH_TENSOR_CORES:
+        return False
+    place, wrong = paddle.CUDAPlace(card), None
+    weight, scale = (t.to(place) for t in quantize(paddle.cos(paddle.arange(300.0 * 272)).reshape([300, 272]), bits))
+    try:
+        for rows in (2, 16, 34, 70):
+            x = paddle.sin(paddle.arange(rows * 272.0)).reshape([rows, 272]).astype(dtype).to(place)
+            found = operators().few_rows_linear(x, weight, scale).astype("float32")
+            right = paddle.matmul(x.astype("float32"), dequantize(weight, scale, 272), transpose_y=True)
+            error = float((found - right).abs().max() / right.abs().max())
+            if not error < TOLERANCE:
+                wrong = f"errs by {error:.2g} with {rows} rows"
+    except (RuntimeError, OSError, ValueError) as error:  # CUDA's own errors come as OSError
+        wrong = f"fails ({' '.join(str(error).split())[:200]})"
+    if wrong:
+        logging.getLogger(__name__).warning(
+            "the int%d kernel %s on this card: Paddle's products are used, slower", bits, wrong
+        )
+    return wrong is None
+
+
 def _check(in_features, weight, scale):
     dtype, given = weight.dtype, weight.shape
     columns, scales = in_features, None
@@ -121,19 +159,19 @@ def _with_paddle(x, weight, scale):
     out = []
     for rows in _chunks([weight.shape[0], x.shape[1]]):
         part = weight[rows]
-        part = part.astype("float32") if scale is None else dequantize(part, scale[rows], x.shape[1])
-        out.append(_product(x, part))
+        part = part if scale is None else dequantize(part, scale[rows], x.shape[1])
+        out.append(_product(x, part.astype(x.dtype)))
     return paddle.concat(out, axis=-1) if len(out) > 1 else out[0]
 
 
 def _product(x, weight):
-    """x [rows, in], weight float32 [out, in] -> [rows, out]
+    """x [rows, in], weight of its dtype [out, in] -> [rows, out]
 
-    Few rows go in pairs, a row alone beside itself, so that each has the same bits whatever the others are. Paddle's
-    matmul reads a weight at twice the rate when it comes first, and for one row at half the rate of two.
+    Few float32 rows go in pairs, a row alone beside itself, so that each has the same bits whatever the others are.
+    Paddle's matmul reads a weight at twice the rate when it comes first, and for one row at half the rate of two.
     """
     rows = x.shape[0]
-    if rows == 0 or rows > FEW_ROWS_WITHOUT:
+    if rows == 0 or rows > FEW_ROWS_WITHOUT or x.dtype != paddle.float32:
         return paddle.matmul(x, weight, transpose_y=True)
     out = []
     for first in range(0, rows, 2):

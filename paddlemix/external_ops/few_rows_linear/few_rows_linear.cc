@@ -3,6 +3,7 @@
 #include "few_rows_linear.h"
 
 #include "../dtypes.h"
+#include "few_rows_linear_cuda.h"
 
 namespace {
 
@@ -14,6 +15,17 @@ std::vector<Tensor> FewRowsLinear(const Tensor& x, const Tensor& weight, const p
   const int64_t in = x.shape().back(), out = weight.shape()[0];
   std::vector<int64_t> shape = x.shape();
   shape.back() = out;
+#ifdef PADDLE_WITH_CUDA
+  if (x.is_gpu()) {
+    Tensor y = paddle::empty(shape, x.dtype(), x.place());
+    const int type = x.dtype() == DataType::FLOAT16 ? 1 : x.dtype() == DataType::BFLOAT16 ? 2 : 0;
+    const int bits = !scale ? 0 : weight.dtype() == DataType::INT8 ? 8 : 4;
+    const int error = emu3_quantized_linear(type, bits, x.data(), weight.data(), scale ? scale->data<float>() : nullptr,
+                                            y.data(), x.numel() / in, in, out, x.stream());
+    PD_CHECK(error == 0, "CUDA error ", error, " in few_rows_linear");
+    return {y};
+  }
+#endif
   Tensor y = paddle::empty(shape, DataType::FLOAT32, x.place());
   few_rows_linear::Problem p;
   p.x = x.data<float>();
