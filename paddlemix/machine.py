@@ -8,7 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from paddlemix.paddle_private import set_num_threads
+from paddlemix.paddle_private import free_card_memory, set_num_threads, use_full_float32
 from paddlemix.utils import InputError
 
 
@@ -47,6 +47,8 @@ def start_paddle(device=None, quiet=True):
             f"{'a CUDA' if paddle.is_compiled_with_cuda() else 'a CPU'} build with {cards} cards"
         )
     paddle.set_device(device)
+    if device != "cpu":
+        use_full_float32()
 
 
 def available_memory():
@@ -73,8 +75,37 @@ def free_memory():
 
     if paddle.get_device() == "cpu":
         return available_memory()
-    card = paddle.device.cuda.get_device_properties()
-    return card.total_memory - paddle.device.cuda.memory_reserved()
+    kept = paddle.device.cuda.memory_reserved() - paddle.device.cuda.memory_allocated()  # by Paddle, for what comes
+    return free_card_memory() + kept
+
+
+def release_memory():
+    """Give a card's memory that Paddle keeps for what comes back to the device; on a CPU nothing is kept."""
+    import paddle
+
+    if paddle.get_device() != "cpu":
+        paddle.device.cuda.empty_cache()
+
+
+def with_memory_released(function, *arguments):
+    """function(*arguments); where a card's memory is out, once more with what Paddle kept of it given back."""
+    import paddle
+
+    try:
+        return function(*arguments)
+    except MemoryError:
+        if paddle.get_device() == "cpu":
+            raise
+    release_memory()  # here, where no traceback holds tensors any more
+    return function(*arguments)
+
+
+def half_dtype():
+    """The 16-bit dtype of the device: "float16" on a card that has no bfloat16 (compute capability below 8.0)."""
+    import paddle
+
+    on_card = paddle.get_device() != "cpu"
+    return "float16" if on_card and paddle.device.cuda.get_device_capability() < (8, 0) else "bfloat16"
 
 
 def require_memory(size, purpose):

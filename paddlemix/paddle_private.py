@@ -23,6 +23,24 @@ def num_threads():
     return ctypes.CDLL(str(library)).omp_get_max_threads() if library.exists() else None
 
 
+def free_card_memory():
+    """Bytes that the card in use has free, of all programs together."""
+    import paddle
+
+    return paddle.base.core.gpu_memory_available()
+
+
+def use_full_float32():
+    """Let a card compute float32 convolutions and products in float32, not in TF32 with 10 bits of fraction."""
+    import paddle
+
+    try:
+        paddle.set_flags({"FLAGS_cudnn_allow_tf32": False})
+    except ValueError:  # before 3.3, whose products were of TF32 too
+        paddle.base.core.set_cudnn_switch(False)
+        paddle.base.core.set_cublas_switch(False)
+
+
 def is_untouched(layer):
     """Whether a layer is not in training, and nothing is hooked in or put in the place of its forward."""
     hooked = layer._forward_pre_hooks or layer._forward_post_hooks or "forward" in vars(layer)

@@ -108,7 +108,12 @@ class Preview:
         if started < self.next:
             return
         self.next = float("inf")  # whoever interrupts this one wants no other
-        if not self.show(generation.images()):
+        try:
+            images = generation.images()
+        except (InputError, MemoryError):  # a card may hold the cache, but no picture's features beside it
+            note("there is no memory for a preview: going on without")
+            return
+        if not self.show(images):
             return
         now = time.monotonic()
         self.next = now + 9 * (now - started)

@@ -14,7 +14,7 @@ def add_dtype(parser):
         "--dtype",
         choices=["float32", "float16", "bfloat16", "int8", "int4"],
         help="of the language model: int8 and int4 quantize its linear layers while they are read "
-        "(default: bfloat16; of a quantized checkpoint, its own)",
+        "(default: bfloat16, or float16 on a card without it; of a quantized checkpoint, its own)",
     )
 
 
@@ -43,6 +43,8 @@ def note_dtype(emu3):
     on_cpu, config = paddle.get_device() == "cpu", emu3.config
     if on_cpu and emu3.asked_dtype == "float16":
         note("there is no float16 linear layer for a CPU: going on in float32")
+    if emu3.dtype == "float16" != emu3.asked_dtype:
+        note("this card has no bfloat16: going on in float16")
     if on_cpu and operators() is None and 4 * step_parameters(config) > SLOW_BYTES:
         other = "" if emu3.dtype == "float32" else ", or take --dtype=float32"
         note(f"{emu3.dtype} is slow on a CPU without the compiled operators: run `{build_command()}`{other}")

@@ -50,12 +50,12 @@ def vision_bytes(config, pixels):
     """(weights, features while a picture is decoded) of the vision tokenizer in float32."""
     import paddle
 
-    from paddlemix.models.emu3 import Emu3VisionVQModel
+    from paddlemix.models.emu3.modeling_emu3visionvq import Emu3VisionVQModel, feature_bytes
 
     with paddle.LazyGuard():  # no weight is made
         model = Emu3VisionVQModel(config)
     weights = sum(4 * math.prod(tensor.shape) for tensor in model.state_dict().values())
-    return weights, 7 * 4 * pixels * config.ch  # as Emu3VisionVQModel asks for on a CPU
+    return weights, feature_bytes(config, pixels, with_engine=paddle.get_device() == "cpu")
 
 
 def _parts(config):

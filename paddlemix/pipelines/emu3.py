@@ -40,8 +40,8 @@ class Emu3Pipeline:
     Args:
         model_path: the language model: a directory, a hub name or "emu3-mini". None where only `autoencode` is used.
         vq_model_path: the vision tokenizer, likewise; None is BAAI/Emu3-VisionTokenizer, and with "emu3-mini" its own.
-        dtype: of the language model, "float32", "float16", "bfloat16", "int8" or "int4"; None is bfloat16, and of a
-            quantized checkpoint what it holds. A CPU takes float32 in place of float16.
+        dtype: of the language model, "float32", "float16", "bfloat16", "int8" or "int4"; None is bfloat16 (float16 on
+            a card without it), and of a quantized checkpoint what it holds. A CPU takes float32 in place of float16.
         chat_template: of questions, with {image_prompt} and {text_prompt} once each.
         progress: show a progress bar while weights are read (on a terminal).
     """
@@ -98,6 +98,8 @@ class Emu3Pipeline:
         import paddle
 
         dtype = self.asked_dtype or self.config.quantized_dtype or "bfloat16"
+        if dtype == "bfloat16":
+            return machine.half_dtype()
         return "float32" if dtype == "float16" and paddle.get_device() == "cpu" else dtype
 
     @cached_property

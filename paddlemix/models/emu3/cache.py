@@ -6,7 +6,7 @@ import math
 import numpy as np
 import paddle
 
-from paddlemix.machine import require_memory
+from paddlemix.machine import release_memory, require_memory
 
 from .checkpoint import dtype_name
 
@@ -144,6 +144,7 @@ class KVCache:
         except BaseException:
             self._resize_each(*before)
             raise
+        release_memory()  # the old tensors are too small for what comes
 
     def _resize_each(self, slots, capacity):
         for tensors in (self.keys, self.values):

@@ -11,7 +11,7 @@ import math
 import re
 from pathlib import Path
 
-from paddlemix.machine import require_memory
+from paddlemix.machine import half_dtype, require_memory
 from paddlemix.paddle_private import is_parameter, share, to_array
 from paddlemix.utils import InputError, replacing
 
@@ -123,25 +123,13 @@ class CheckpointMixin:
         finally:
             for file in set(weights.values()):
                 file.close()
-        del in_files, state, layers  # where a layer is replaced, its first weights go with it
-        model.settle()
         return model.eval()
-
-    def settle(self):
-        """What a model does when its weights are read: put layers in place that fit the device."""
 
     def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
         """Write config.json and safetensors in the released layout, in shards where they are larger than given.
 
         The original's own loader and transformers-style tools read the result.
-
-        Raises:
-            InputError: the model is int8 or int4 and on a GPU, where its weights lie as the kernels there want them.
         """
-        import paddle
-
-        if (dtype := self.config.quantized_dtype) and paddle.get_device() != "cpu":
-            raise InputError(f"{dtype} weights are not saved from a GPU: load and save them on a CPU")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         state = self._checkpoint_state()
@@ -246,5 +234,5 @@ def _assign(target, file, name, dtype, on_bytes):
         stored = DTYPES[file.dtypes[name]]
         is_wide = stored in ("float32", "float64") or name.endswith("_scale")  # the operators take float32 scales
         is_embedding = name.endswith("embed_tokens.weight")
-        dtype = ("bfloat16" if is_embedding else "float32") if is_wide else stored
+        dtype = (half_dtype() if is_embedding else "float32") if is_wide else stored
     share(file.read(name, np.dtype(dtype), on_bytes), target)

@@ -13,6 +13,7 @@ import paddle
 
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.few_rows_linear import FEW_ROWS, few_rows
+from paddlemix.machine import with_memory_released
 from paddlemix.utils import InputError
 
 DECODING = ("auto", "step", "jacobi")
@@ -77,8 +78,8 @@ class Batch:
                 raise InputError(f"a prompt's ids must be whole numbers from 0 to {size - 1}, got {ids!r}")
         length = max(sequence.length for sequence in sequences) + self.most  # a row may be filled up to another's new
         if self.cache is None:
-            self.cache = self.model.make_cache(len(rows), length)
-        slots = iter(self.cache.take(len(rows), length))
+            self.cache = with_memory_released(self.model.make_cache, len(rows), length)
+        slots = iter(with_memory_released(self.cache.take, len(rows), length))
         for sequence in sequences:
             self.slots[sequence] = [next(slots) for _ in sequence.prompts]
             sequence.batch, sequence.cached = self, 0
@@ -93,6 +94,8 @@ class Batch:
         for group in self.waiting:
             group[:] = [other for other in group if other is not sequence]
         self.cache.free(self.slots.pop(sequence))
+        if sequence.batch is self:  # a finished sequence that is kept does not keep the cache
+            sequence.batch = None
         self._passes.clear()
 
     @paddle.no_grad()
@@ -102,6 +105,9 @@ class Batch:
         Returns a list of (sequence, how many tokens it gained); those that are done have left. After an error or Ctrl-C
         in it the next step goes on as if nothing had been.
         """
+        return with_memory_released(self._step)
+
+    def _step(self):
         self._settle()
         self._read_prompts()
         gained = []

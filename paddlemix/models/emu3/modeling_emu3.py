@@ -22,7 +22,7 @@ from .attention import Mask, Rotary, allowed_keys, attend, count_positions
 from .cache import KVCache
 from .checkpoint import CheckpointMixin, dtype_name
 from .configuration_emu3 import QUANTIZATIONS, Emu3Config
-from .linear import Emu3Linear, normal, use_weight_only_kernels
+from .linear import Emu3Linear, normal
 from .paddlenlp_generate import PaddleNLPGenerate, generation_config
 
 
@@ -270,10 +270,6 @@ class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
     def weight_dtype(self):
         """Of the linear layers: "float32", "float16", "bfloat16", "int8" or "int4"."""
         return self.config.quantized_dtype or dtype_name(self.lm_head.weight.dtype)
-
-    def settle(self):
-        if self.config.quantized_dtype and paddle.get_device() != "cpu":
-            use_weight_only_kernels(self)
 
     def get_input_embeddings(self):
         return self.model.embed_tokens

@@ -14,12 +14,55 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from paddlemix.external_ops.nearest_codeword import nearest_codeword
-from paddlemix.machine import require_memory
+from paddlemix.machine import require_memory, with_memory_released
+from paddlemix.paddle_private import group_norm_settings, is_untouched
 from paddlemix.utils import InputError
 
 from . import vision_engine
 from .checkpoint import CheckpointMixin
 from .configuration_emu3 import Emu3VisionVQConfig
+
+BAND = 1 << 22  # numbers of a picture that are computed at once where no gradient is wanted
+MOST_WORKSPACE = 500_000_000  # bytes, of bands and of what a convolution takes for itself
+
+
+def can_use_bands(*layers):
+    """Where no gradient is wanted, of layers as they were made, with nothing hooked in or compiled."""
+    parts = [part for layer in layers for part in layer.sublayers(include_self=True)]
+    plain = all(is_untouched(part) and type(part) in (nn.Conv2D, GroupNorm, SpatialNorm) for part in parts)
+    return plain and not paddle.is_grad_enabled() and paddle.in_dynamic_mode()
+
+
+def in_bands(conv, rows, shape):
+    """A 3x3 convolution [N, C, H, W] -> [N, out, H, W] of what `rows(first, end)` gives rows of.
+
+    What comes before a convolution is then never in memory as a whole.
+    """
+    batch, channels, height, width = shape
+    out = paddle.empty([batch, conv.weight.shape[0], height, width], conv.weight.dtype)
+    step = max(1, BAND // (batch * channels * width))
+    for first in range(0, height, step):
+        end = min(first + step, height)
+        band = rows(max(first - 1, 0), min(end + 1, height))
+        band = F.pad(band, [0, 0, int(first == 0), int(end == height)])
+        out[:, :, first:end] = F.conv2d(band, conv.weight, conv.bias, padding=[0, 1])
+    return out
+
+
+def enlarge(x, times, first, end):
+    """Rows `first` to `end` of what x [N, C, h, w] is with each number `times` times in both directions."""
+    rows = x[:, :, first // times : -(-end // times)]
+    rows = rows.repeat_interleave(times, axis=2)[:, :, first % times :][:, :, : end - first]
+    return rows.repeat_interleave(times, axis=3)
+
+
+def norm_and_conv(norm, conv, x, zq=None, dropout=None):
+    """conv(silu(norm(x)))"""
+    if can_use_bands(norm, conv):
+        normed = norm.rows(x, zq)
+        return in_bands(conv, lambda first, end: F.silu(normed(first, end)), x.shape)
+    h = F.silu(norm(x) if zq is None else norm(x, zq))
+    return conv(h if dropout is None else dropout(h))
 
 
 class Upsample(nn.Layer):
@@ -28,7 +71,11 @@ class Upsample(nn.Layer):
         self.conv = nn.Conv2D(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        if not can_use_bands(self.conv):
+            return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        batch, channels, height, width = x.shape
+        rows, size = (lambda first, end: enlarge(x, 2, first, end)), [2 * height, 2 * width]
+        return in_bands(self.conv, rows, [batch, channels, *size])
 
 
 class Downsample(nn.Layer):
@@ -114,6 +161,26 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x, zq=None):
         return super().forward(x)
 
+    def rows(self, x, zq=None):
+        """A function of (first, end) that gives these rows of forward(x)."""
+        groups, epsilon = group_norm_settings(self)
+        batch, channels = x.shape[:2]
+        of_group = x.reshape([batch * groups, -1])
+        mean, rstd = [], []
+        step = max(1, BAND // of_group.shape[1])
+        for first in range(0, batch * groups, step):
+            some = of_group[first : first + step].astype("float32")
+            mean.append(some.mean(axis=1, keepdim=True))
+            rstd.append(paddle.rsqrt(((some - mean[-1]) ** 2).mean(axis=1, keepdim=True) + epsilon))
+        # [batch * groups, 1] -> [batch, channels, 1, 1]
+        mean, rstd = (
+            paddle.concat(parts).tile([1, channels // groups]).reshape([batch, channels, 1, 1])
+            for parts in (mean, rstd)
+        )
+        scale = (rstd * self.weight.astype("float32").reshape([1, -1, 1, 1])).astype(x.dtype)
+        mean, bias = mean.astype(x.dtype), self.bias.reshape([1, -1, 1, 1])
+        return lambda first, end: (x[:, :, first:end] - mean) * scale + bias
+
 
 class SpatialNorm(nn.Layer):
     """Group norm scaled and shifted, position by position, by the quantized latent `zq`."""
@@ -132,6 +199,14 @@ class SpatialNorm(nn.Layer):
             shift = F.interpolate(shift, size=x.shape[-2:], mode="nearest")
         return self.norm_layer(x) * scale + shift
 
+    def rows(self, x, zq):
+        """A function of (first, end) that gives these rows of forward(x, zq)."""
+        normed, scale, shift = self.norm_layer.rows(x), self.conv_y(zq), self.conv_b(zq)
+        times = x.shape[-1] // zq.shape[-1]
+        return lambda first, end: (
+            normed(first, end) * enlarge(scale, times, first, end) + enlarge(shift, times, first, end)
+        )
+
 
 def make_norm(channels, zq_channels):
     return GroupNorm(channels) if zq_channels is None else SpatialNorm(channels, zq_channels)
@@ -148,9 +223,10 @@ class ResnetBlock(nn.Layer):
         self.nin_shortcut = nn.Conv2D(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x, zq=None):
-        h = self.conv1(F.silu(self.norm1(x, zq)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h, zq))))
-        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+        h = norm_and_conv(self.norm1, self.conv1, x, zq)
+        h = norm_and_conv(self.norm2, self.conv2, h, zq, self.dropout)
+        shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
+        return shortcut + h if paddle.is_grad_enabled() else h.add_(shortcut)
 
 
 class AttnBlock(nn.Layer):
@@ -184,12 +260,12 @@ class Level(nn.Layer):
             [AttnBlock(out_channels, zq_channels) for _ in range(num_blocks)] if has_attention else []
         )
 
-    def forward(self, x, zq=None):
+    def __iter__(self):
+        """Its layers: whoever calls them one by one holds no more than one's input."""
         for i, block in enumerate(self.block):
-            x = block(x, zq)
+            yield block
             if len(self.attn):
-                x = self.attn[i](x, zq)
-        return x
+                yield self.attn[i]
 
 
 class Middle(nn.Layer):
@@ -234,10 +310,11 @@ class Encoder(nn.Layer):
             return vision_engine.encode_frames(self, x)
         h = self.conv_in(x)
         for level in self.down:
-            h = level(h)
+            for layer in level:
+                h = layer(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return norm_and_conv(self.norm_out, self.conv_out, self.mid(h))
 
     def merge_frames(self, h):
         """[B, z, T, h, w] -> [B, z, T / 4, h, w]"""
@@ -282,10 +359,18 @@ class Decoder(nn.Layer):
             return vision_engine.decode_frames(self, z, zq)
         h = self.mid(self.conv_in(z), zq)
         for level in reversed(self.up):
-            h = level(h, zq)
+            for layer in level:
+                h = layer(h, zq)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h, zq)))
+        return norm_and_conv(self.norm_out, self.conv_out, h, zq)
+
+
+def feature_bytes(config, pixels, with_engine, itemsize=4):
+    """What encoding or decoding so many pixels at once takes beside the weights: features of the first level, times
+    what was measured with vision_engine and with the layers."""
+    features = pixels * config.ch * itemsize
+    return 7 * features if with_engine else 5 * features + MOST_WORKSPACE
 
 
 class VectorQuantizer(nn.Layer):
@@ -335,9 +420,10 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
         frames = self.config.temporal_downsample_factor
         if pixel_values.ndim == 4:
             # a picture is four equal frames to the model: encode one, repeat its latent
-            h = self.encoder.encode_frames(pixel_values).unsqueeze(2).expand([-1, -1, frames, -1, -1])
+            h = with_memory_released(self.encoder.encode_frames, pixel_values)
+            h = h.unsqueeze(2).expand([-1, -1, frames, -1, -1])
         else:
-            h = self.encoder.encode_frames(pixel_values.flatten(0, 1))
+            h = with_memory_released(self.encoder.encode_frames, pixel_values.flatten(0, 1))
             h = h.reshape([*pixel_values.shape[:2], *h.shape[1:]]).transpose([0, 2, 1, 3, 4])
         return self.quant_conv(self.encoder.merge_frames(h)).transpose([0, 2, 3, 4, 1])
 
@@ -381,20 +467,18 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
         if is_picture:
             frames = frames[:, :, :1]  # of the four frames the first is the picture
         z, zq = frames.transpose([0, 2, 1, 3, 4]).chunk(2)  # [B, T, z, h, w]
-        pixels = self.decoder.decode_frames(z.flatten(0, 1), zq.flatten(0, 1))
+        pixels = with_memory_released(self.decoder.decode_frames, z.flatten(0, 1), zq.flatten(0, 1))
         return pixels if is_picture else pixels.reshape([*z.shape[:2], *pixels.shape[1:]])
 
     def require_memory_to_decode(self, frames, height, width):
-        """InputError where there is not enough memory to decode frames of so many codes, on a CPU."""
+        """InputError where there is not enough memory to decode frames of so many codes."""
         self._require_memory(self.decoder, frames, height * width * self.spatial_scale_factor**2)
 
     def _require_memory(self, half, frames, pixels):
-        """On a CPU: what the features of the first level take, times what was measured."""
-        if self.quantize.embedding.weight.place.is_cpu_place():
-            # vision_engine takes one frame after another
-            times, at_once = (7, pixels) if vision_engine.can_run(half) else (20, frames * pixels)
-            size = times * at_once * self.config.ch * self.quantize.embedding.weight.element_size()
-            require_memory(size, f"for {at_once} pixels at once")
+        by_frame = vision_engine.can_run(half)
+        at_once = pixels if by_frame else frames * pixels
+        size = feature_bytes(self.config, at_once, by_frame, self.quantize.embedding.weight.element_size())
+        require_memory(size, f"for {at_once} pixels at once")
 
     def _check_pixels(self, pixel_values):
         config = self.config
