@@ -112,17 +112,17 @@ class CheckpointMixin:
         dtype = quantized or dtype or "float32"
         # The headers come first where they are here: no number of config.json makes more layers than there are weights.
         is_here = weights_are_here(name_or_path, cls.config_class.part)
-        weights = _open_checked(cls, name_or_path, config) if is_here else None
-        with paddle.LazyGuard():  # no weight is made before the checkpoint's own takes its place
-            model = cls(config)
-            in_files = state = model._checkpoint_state()
-            if dtype in QUANTIZATIONS and not quantized:
-                model = cls(config.quantized(dtype))
-                state = model._checkpoint_state()
-        layers = model._layers_of_weights()
-        require_memory(_size(state, dtype), f"in {dtype} for {name_or_path}")
-        weights = weights or _open_checked(cls, name_or_path, config)
+        weights = _open_checked(cls, name_or_path, config) if is_here else {}
         try:
+            with paddle.LazyGuard():  # no weight is made before the checkpoint's own takes its place
+                model = cls(config)
+                in_files = state = model._checkpoint_state()
+                if dtype in QUANTIZATIONS and not quantized:
+                    model = cls(config.quantized(dtype))
+                    state = model._checkpoint_state()
+            layers = model._layers_of_weights()
+            require_memory(_size(state, dtype), f"in {dtype} for {name_or_path}")
+            weights = weights or _open_checked(cls, name_or_path, config)
             _check_names_and_shapes(name_or_path, in_files, weights, model.tied_weights)
             total = sum(file.sizes[name] for name, file in weights.items())
             disable = None if progress else True  # None shows it on a terminal alone

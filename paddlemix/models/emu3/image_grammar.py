@@ -41,16 +41,15 @@ class ImageGrammar:
         tokens that pictures are written with are one.
         """
         first = tokenizer.convert_tokens_to_ids(FIRST_VISUAL_TOKEN)
-        visual = [t for t in tokenizer.get_vocab() if isinstance(t, str) and t.startswith(VISUAL_TOKEN)]
+        after = tokenizer.convert_ids_to_tokens(range(first, len(tokenizer)))
+        visual = [token for token in after if isinstance(token, str) and token.startswith(VISUAL_TOKEN)]
         if len(visual) != codebook_size:
             raise InputError(
                 f"the tokenizer has {len(visual)} visual tokens and the vision tokenizer {codebook_size} "
                 "codewords: take the two from checkpoints that belong together"
             )
         expected = [f"{VISUAL_TOKEN}{code:06d}|>" for code in range(codebook_size)]
-        if first + codebook_size > len(tokenizer) or expected != tokenizer.convert_ids_to_tokens(
-            range(first, first + codebook_size)
-        ):
+        if after[:codebook_size] != expected:
             raise InputError(
                 f"the tokenizer's visual tokens must be <|visual token 000000|> to {expected[-1]} in this order, one "
                 "id after the other: download its files again"
