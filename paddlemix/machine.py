@@ -133,7 +133,7 @@ def peak_memory():
 def peak_host_memory():
     """Bytes that this process had in memory at most."""
     try:  # on Linux: getrusage gives the parent's peak where that was higher
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
     except (OSError, IndexError):
         import resource

@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """What every part of the package shares: the user's mistakes, batches of named tensors, safe writing."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -8,6 +9,33 @@ from pathlib import Path
 
 class InputError(ValueError):
     """A mistake in what the user gave. Its message is one line that a command prints as it is."""
+
+
+def read_bytes(path, most=64 << 20):
+    """The bytes of a small file. InputError: it is missing, larger than `most`, not a regular file, or unreadable."""
+    path = Path(path)
+    try:
+        if not os.path.lexists(path):
+            raise InputError(f"{path}: there is no such file")
+        if not path.is_file():  # a pipe or a device has no end
+            raise InputError(f"{path} is not a regular file: download it again")
+        if path.stat().st_size > most:
+            raise InputError(f"{path} has {path.stat().st_size} bytes, at most {most} are read: download it again")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check who may read it, and the disk") from None
+
+
+def read_json(path):
+    """The dict in a small JSON file, UTF-8. InputError: as `read_bytes`, or it does not hold one JSON object."""
+    data = read_bytes(path)
+    try:
+        values = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number without end, nested without end
+        raise InputError(f"{path} is not valid JSON ({error}): download it again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold one JSON object, it holds a {type(values).__name__}")
+    return values
 
 
 class BatchFeature(dict):

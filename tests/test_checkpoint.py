@@ -271,6 +271,72 @@ def test_missing_extra_and_wrong_tensors_are_named(directory):
     refuse(directory, "model.norm.weight", "integers")
 
 
+def edit(directory, **values):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_layers_that_the_weights_do_not_have_are_never_made(directory, sharded, monkeypatch):
+    if sharded:
+        in_shards(directory, golden_weights("language_model"))
+    monkeypatch.setattr(Emu3ForCausalLM, "__init__", lambda *a: pytest.fail("made"))
+    for number in (2, 4, 1000):
+        edit(directory, num_hidden_layers=number)
+        refuse(directory, f"weights of 3 where num_hidden_layers {number}", "its config.json")
+    edit(directory, num_hidden_layers=10_000)
+    refuse(directory, "num_hidden_layers must be above 0 and at most 1000")
+
+
+@pytest.mark.parametrize("values", [{"num_res_blocks": 32}, {"ch_mult": [1, 1, 2, 2, 4]}, {"ch_mult": [1, 2, 2]}])
+def test_blocks_that_the_weights_do_not_have_are_never_made(vision_dir, values, monkeypatch):
+    monkeypatch.setattr(Emu3VisionVQModel, "__init__", lambda *a: pytest.fail("made"))
+    with pytest.raises(ValueError, match=f"where {next(iter(values))} .* of config.json asks for another"):
+        Emu3VisionVQModel.from_pretrained(vision_dir, **values)
+
+
+def test_rotary_buffers_of_old_checkpoints_are_ignored(directory):
+    expected = logits_of(load(directory))
+    name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    change(directory, lambda w: w.update({name.format(i): np.ones(4, "float32") for i in range(3)}))
+    np.testing.assert_array_equal(logits_of(load(directory)), expected)
+
+
+def test_a_tied_head_that_differs_is_refused(directory):
+    edit(directory, tie_word_embeddings=True)
+    refuse(directory, "lm_head.weight, which differs from model.embed_tokens.weight", "tie_word_embeddings")
+    change(directory, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"]}))
+    model = load(directory)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    expected = logits_of(model)
+    change(directory, lambda w: w.pop("lm_head.weight"))
+    np.testing.assert_array_equal(logits_of(load(directory)), expected)
+
+
+def test_weights_of_a_conversion_are_named_as_such(directory):
+    weights = {name.replace("model.", "model.text_model."): w for name, w in golden_weights("language_model").items()}
+    save_file(weights, directory / "model.safetensors")
+    refuse(directory, "conversion for Hugging Face transformers", "take BAAI/Emu3-Gen or BAAI/Emu3-Chat")
+
+
+def test_weights_that_cannot_be_read_are_not_called_truncated(directory, tmp_path):
+    path, user = directory / "model.safetensors", os.geteuid()
+    path.chmod(0)
+    try:
+        if user == 0:  # who may read all
+            os.seteuid(65534)
+        with pytest.raises(ValueError, match=r"model\.safetensors cannot be read \(Permission denied\): check who"):
+            safetensors_file.SafetensorsFile(path)
+    finally:
+        if user == 0:
+            os.seteuid(0)
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)"):
+        safetensors_file.SafetensorsFile(tmp_path)
+    (tmp_path / "empty").touch()
+    with pytest.raises(ValueError, match="empty is truncated"):
+        safetensors_file.SafetensorsFile(tmp_path / "empty")
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 def test_not_finite(directory, bad, stored):

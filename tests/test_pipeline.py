@@ -2,6 +2,7 @@
 """Emu3Pipeline as a user calls it, on Emu3-Mini."""
 
 import json
+import os
 import shutil
 import time
 
@@ -15,6 +16,7 @@ from paddlemix.models.emu3.sampling import Sampling
 from paddlemix.pipelines import Emu3Pipeline
 from paddlemix.processors.emu3_processing import NEGATIVE_PROMPT, POSITIVE_PROMPT
 
+CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
 CIRCLE = "a large red circle on a white background."
 
 
@@ -185,10 +187,18 @@ def test_the_checkpoint_says_what_is_good(emu3, tmp_path):
     path.write_text(json.dumps({"bos_token_id": 1, "top_k": 5}))  # as the released file has it: ids
     other = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini")
     assert other.defaults == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 5, "top_p": 1.0}
-    for text in ("[1]", "{", '{"temperature": "hot"}', '{"top_k": 1e999}'):
+    for text in ("[1]", '{"temperature": "hot"}', '{"top_k": 1e999}', '{"top_k": 7.5}', '{"temperature": true}'):
         path.write_text(text)
         with pytest.raises(ValueError, match="generation_config.json must hold"):
             _ = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini").defaults
+    path.write_text("{")
+    with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
+        _ = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini").defaults
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="generation_config.json is not a regular file"):
+        _ = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini").defaults
+    path.unlink()
     for text, words in (('{"temperature": 0}', "temperature must be above 0"), ('{"guidance_scale": 1e999}', "finite")):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"generation_config.json: .*{words}"):
@@ -196,6 +206,51 @@ def test_the_checkpoint_says_what_is_good(emu3, tmp_path):
     path.unlink()
     plain = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini")
     assert plain.defaults == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 2048, "top_p": 1.0}
+
+
+def swap_two(directory):
+    path = directory / "emu3_vision_tokens.txt"
+    lines = path.read_text().splitlines()
+    i = lines.index("<|visual token 000007|>")
+    lines[i : i + 2] = reversed(lines[i : i + 2])
+    path.write_text("\n".join(lines) + "\n")
+
+
+def edit(directory, file, **values):
+    path = directory / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: edit(d, CONFIG, img_token_id=918, boi_token_id=917), "img_token_id 918, .* it is 917"),
+        (lambda d: edit(d, TOKENIZER, img_token="<|image start|>", boi_token="<|image token|>"), "917, .* it is 918"),
+        (lambda d: edit(d, CONFIG, eos_token_id=5), r"eos_token_id 5, .* 916 \(<\|extra_204\|>\)"),
+        (lambda d: edit(d, CONFIG, eos_token_id=[5, 709]), r"eos_token_id \[5, 709\], .* 916"),
+        (lambda d: edit(d, CONFIG, pad_token_id=5), "pad_token_id 5, .* 709"),
+        (lambda d: edit(d, CONFIG, vocab_size=13207), "13208 tokens and the model 13207"),
+        (lambda d: edit(d, TOKENIZER, eol_token="<|extra_201|>") or edit(d, CONFIG, eol_token_id=913), "of its own"),
+        (swap_two, "in this order"),
+    ],
+)
+def test_a_tokenizer_and_a_model_that_do_not_belong_together(emu3, tmp_path, change, words):
+    directory = shutil.copytree(MINI_DIRECTORY / "language_model", tmp_path / "copy")
+    change(directory)
+    pipeline = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini")
+    pipeline.vision_tokenizer = emu3.vision_tokenizer  # read once
+    with pytest.raises(ValueError, match=words):
+        _ = pipeline.processor
+
+
+def test_several_tokens_may_end_an_answer(emu3, picture, tmp_path):
+    directory = shutil.copytree(MINI_DIRECTORY / "language_model", tmp_path / "copy")
+    answer = emu3.processor.tokenizer.encode("red")
+    for ends, text in (([916, 709], "red"), ([916, answer[0]], "")):
+        edit(directory, CONFIG, eos_token_id=ends)
+        pipeline = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini", dtype="float32")
+        pipeline.vision_tokenizer = emu3.vision_tokenizer
+        assert pipeline.understand(picture, "What colour is the circle?") == text
 
 
 @pytest.mark.parametrize(

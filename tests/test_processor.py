@@ -168,9 +168,7 @@ def test_mistakes(processor, arguments, words):
 
 
 def test_checkpoints_that_do_not_belong_together(processor):
-    class Tokenizer:
-        convert_tokens_to_ids = staticmethod(lambda token: 100)
-        __len__ = lambda self: 200  # noqa: E731
-
-    with pytest.raises(ValueError, match="belong together"):
-        ImageGrammar.from_tokenizer(Tokenizer(), 32768)
+    for codewords in (32767, 32769, 12288):
+        with pytest.raises(ValueError, match=f"32768 visual tokens.*{codewords} codewords: .*belong together"):
+            ImageGrammar.from_tokenizer(processor.tokenizer, codewords)
+    assert ImageGrammar.from_tokenizer(processor.tokenizer, 32768).first_visual == 151854

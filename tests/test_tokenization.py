@@ -4,6 +4,7 @@
 import base64
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -312,6 +313,13 @@ BROKEN = [
     (CONFIG, b"[]", "tokenizer_config.json must hold one JSON object, it holds a list"),
     (CONFIG, b'{"bos_token": null}', "bos_token=None is not a special token"),
     (CONFIG, b'{"padding_side": "top"}', "padding_side='top' is not accepted"),
+    (CONFIG, b"[" * 100_000, "tokenizer_config.json is not valid JSON"),
+    (CONFIG, b'{"bos_token": ["a"]}', "bos_token=['a'] is not a special token"),
+    (CONFIG, b'{"bos_token": {"content": {}}}', "bos_token={} is not a special token"),
+    (CONFIG, b'{"errors": "nosuch"}', "errors='nosuch' is not what bytes.decode takes: give 'replace'"),
+    (CONFIG, b'{"errors": ["replace"]}', "errors=['replace'] is not what bytes.decode takes"),
+    (CONFIG, b'{"errors": "xmlcharrefreplace"}', "errors='xmlcharrefreplace' is not what bytes.decode takes"),
+    (CONFIG, b'{"model_max_length": "many"}', "model_max_length must be a whole number above 0, got 'many'"),
 ]
 
 
@@ -322,6 +330,19 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path, name, content, message):
     with pytest.raises(InputError) as error:
         Emu3Tokenizer.from_pretrained(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link to nothing"])
+def test_a_config_that_is_not_a_file_is_refused(tmp_path, kind):
+    path = write_vocabulary(tmp_path) / CONFIG
+    {"fifo": lambda: os.mkfifo(path), "folder": path.mkdir, "link to nothing": lambda: path.symlink_to("x")}[kind]()
+    with pytest.raises(InputError, match="tokenizer_config.json is not a regular file"):
+        Emu3Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_config_may_have_any_key(tmp_path):
+    (write_vocabulary(tmp_path) / CONFIG).write_text('{"self": 1, "cls": 2, "errors": "strict"}')
+    assert Emu3Tokenizer.from_pretrained(tmp_path).extra == {"self": 1, "cls": 2}
 
 
 @pytest.mark.parametrize("name", ["emu3.tiktoken", "emu3_vision_tokens.txt"])

@@ -97,6 +97,15 @@ def test_a_prompt_given_twice(command, folder):
     refused(command("understand", "bad \udcff byte"), "--question", "not UTF-8")
 
 
+def test_utf_8_where_the_locale_is_ascii(command, folder):
+    """Python gives its bytes as surrogates then."""
+    prompt = "un rond carm\u00e9"
+    given = prompt.encode().decode("ascii", "surrogateescape")
+    options = "--model_path=emu3-mini", "--height=16", "--width=16", "--seed=1"
+    code, _, err = command("generate", given, "--negative_prompt", given, *options)
+    assert (code, err) == (0, "") and Image.open("result_0.png").text["prompt"] == prompt
+
+
 def test_understand(command, folder):
     question = "How many objects are there?"
     code, out, _ = command("understand", question, "--model_path=emu3-mini", f"--image_path={SCENE}")

@@ -173,8 +173,7 @@ def progress_bar(total, unit, description, initial=0):
 
 
 def _settle_texts(args, parser):
-    """Texts given without their option's name take its place. Bytes that are not UTF-8 come as surrogates, which no
-    tokenizer and no PNG takes."""
+    """Texts given without their option's name take its place, and all are of the bytes that were given, as UTF-8."""
     if hasattr(args, "texts") and not args.texts and getattr(args, args.texts_of) is parser.get_default(args.texts_of):
         _check_swallowed(args)
     if getattr(args, "texts", None):
@@ -182,12 +181,24 @@ def _settle_texts(args, parser):
             raise InputError(f"give {args.texts_of} once: {reprlib.repr(args.texts[0])}, or --{args.texts_of}")
         setattr(args, args.texts_of, args.texts)
     for name in ("prompt", "negative_prompt", "question", "chat_template"):
-        value = getattr(args, name, None) or ""
-        for text in [value] if isinstance(value, str) else value:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError:
-                raise InputError(f"--{name} {text!r} is not UTF-8: give it in UTF-8") from None
+        value = getattr(args, name, None)
+        if isinstance(value, list):
+            setattr(args, name, [_in_utf_8(name, text) for text in value])
+        elif value:
+            setattr(args, name, _in_utf_8(name, value))
+
+
+def _in_utf_8(name, text):
+    """Bytes that are not of the locale's encoding, which may be ASCII, come as surrogates: no tokenizer and no PNG
+    takes these."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode("utf-8")
+        except UnicodeError:
+            raise InputError(f"--{name} {reprlib.repr(text)} is not UTF-8: give it in UTF-8") from None
 
 
 def _check_swallowed(args):

@@ -1,7 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Emu3 in one object: text-to-image, image question answering, and the vision tokenizer, each whole or step by step."""
 
-import json
+import os
+import reprlib
 import secrets
 import time
 from functools import cached_property
@@ -24,7 +25,7 @@ from paddlemix.processors.emu3_processing import (
     generate_size,
 )
 from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor
-from paddlemix.utils import InputError
+from paddlemix.utils import InputError, read_json
 
 from .steps import Generation, Reconstruction, Understanding
 
@@ -81,11 +82,13 @@ class Emu3Pipeline:
         """What is taken where a caller gives no guidance_scale, temperature, top_k or top_p."""
         _ = self.config  # of a mistyped name its message is the better one
         path = fetch(self.model_path, [CONFIG_NAME]) / GENERATION_CONFIG
-        try:
-            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            values = {name: type(value)(values.get(name, value)) for name, value in DEFAULTS.items()}
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-            raise InputError(f"{path} must hold one JSON object of numbers: download it again, or remove it") from None
+        given = read_json(path) if os.path.lexists(path) else {}
+        values = {name: value if given.get(name) is None else given[name] for name, value in DEFAULTS.items()}
+        for name, value in values.items():
+            is_whole = isinstance(DEFAULTS[name], int)
+            if type(value) not in ((int,) if is_whole else (int, float)) or type(value) is int and abs(value) >= 2**63:
+                accepted = "a whole number" if is_whole else "a number"
+                raise InputError(f"{path} must hold {accepted} as {name}, got {reprlib.repr(value)}: mend or remove it")
         try:
             check_values(**values)
         except InputError as error:
@@ -117,11 +120,10 @@ class Emu3Pipeline:
         from paddlemix.models.emu3 import Emu3Tokenizer
 
         tokenizer = Emu3Tokenizer.from_pretrained(self.model_path)
-        if self.config.vocab_size < len(tokenizer):
-            raise InputError(
-                f"{self.model_path} has {len(tokenizer)} tokens and a model of {self.config.vocab_size}: "
-                "the tokenizer's files are another checkpoint's"
-            )
+        try:
+            self.config.check_tokenizer(tokenizer)
+        except InputError as error:
+            raise InputError(f"{self.model_path}: {error}") from None
         return Emu3Processor(self.image_processor, self.vision_tokenizer, tokenizer, self.chat_template)
 
     @cached_property

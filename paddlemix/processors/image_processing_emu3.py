@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from paddlemix.models.emu3.hub import fetch
-from paddlemix.utils import BatchFeature, InputError, write_atomically
+from paddlemix.utils import BatchFeature, InputError, read_json, write_atomically
 
 CONFIG_NAME = "preprocessor_config.json"
 # What Pillow's readers raise on damaged files: they check little, and fail where the wrong bytes lead them.
@@ -236,12 +236,7 @@ class Emu3VisionVQImageProcessor:
         InputError: no such file, not JSON, or a value or an override's name that is not accepted.
         """
         path = fetch(name_or_dir, [CONFIG_NAME], part="vision_tokenizer") / CONFIG_NAME
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep
-            raise InputError(f"{path}: not a JSON file ({error}); download it again") from None
-        if not isinstance(config, dict):
-            raise InputError(f"{path}: not a JSON object but a {type(config).__name__}; download it again")
+        config = read_json(path)
         unknown = sorted(set(overrides) - set(SETTINGS) - set(config))
         if unknown:
             raise InputError(f"the image processor has no {', '.join(unknown)}: it has {', '.join(SETTINGS)}")

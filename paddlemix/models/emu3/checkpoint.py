@@ -8,15 +8,17 @@ checkpoint's own layout, so that nothing is transposed.
 import contextlib
 import json
 import math
+import os
 import re
+import reprlib
 from pathlib import Path
 
 from paddlemix.machine import half_dtype, require_memory
 from paddlemix.paddle_private import is_parameter, share, to_array
-from paddlemix.utils import InputError, replacing
+from paddlemix.utils import InputError, read_json, replacing
 
 from .configuration_emu3 import CONFIG_NAME, QUANTIZATIONS
-from .hub import PICKLE_SUFFIXES, fetch, refuse_pickle
+from .hub import MINI, MINI_DIRECTORY, PICKLE_SUFFIXES, fetch, refuse_pickle
 from .safetensors_file import DTYPES, SafetensorsFile, write_safetensors
 
 SINGLE_NAME = "model.safetensors"
@@ -44,15 +46,21 @@ def open_weights(name_or_path, part="language_model"):
     return {tensor: files[name] for tensor, name in weight_map.items()}
 
 
+def weights_are_here(name_or_path, part="language_model"):
+    """Whether `open_weights` finds the weights, or their index, in a directory, without asking the hub."""
+    directory = MINI_DIRECTORY / part if name_or_path == MINI else Path(os.path.expanduser(str(name_or_path)))
+    return any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
+
+
 def _read_index(path):
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path)["weight_map"]
         names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is not an index of safetensors shards: download it again") from None
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise InputError(f"{path} names a shard {name!r}: a shard must be a .safetensors file beside it")
+            raise InputError(f"{path} names a shard {reprlib.repr(name)}: it must be a .safetensors file beside it")
     return weight_map
 
 
@@ -65,7 +73,10 @@ class CheckpointMixin:
     config_class = None
     dtypes = ("float32", "float16", "bfloat16")
     checkpoint_prefix = ""  # of this layer's names in a checkpoint
-    tied_weights = ()  # names that a checkpoint may hold, and that are not this layer's or not its own
+    # names that a checkpoint may hold, and that are not this layer's, or are another of its weights: which one
+    tied_weights = {}
+    # {value of config.json: the names of what is made so many times}
+    repeated = {}
 
     @classmethod
     def from_pretrained(cls, name_or_path, dtype=None, config=None, progress=True, **overrides):
@@ -99,16 +110,19 @@ class CheckpointMixin:
         if quantized and dtype not in (None, quantized):
             raise InputError(f"{name_or_path} is {quantized}, it cannot become {dtype}: take what it was made from")
         dtype = quantized or dtype or "float32"
-        with paddle.LazyGuard():  # no weight is made before the checkpoint's own takes its place
-            model = cls(config)
-            in_files = state = model._checkpoint_state()
-            if dtype in QUANTIZATIONS and not quantized:
-                model = cls(config.quantized(dtype))
-                state = model._checkpoint_state()
-        layers = model._layers_of_weights()
-        require_memory(_size(state, dtype), f"in {dtype} for {name_or_path}")
-        weights = open_weights(name_or_path, cls.config_class.part)
+        # The headers come first where they are here: no number of config.json makes more layers than there are weights.
+        is_here = weights_are_here(name_or_path, cls.config_class.part)
+        weights = _open_checked(cls, name_or_path, config) if is_here else {}
         try:
+            with paddle.LazyGuard():  # no weight is made before the checkpoint's own takes its place
+                model = cls(config)
+                in_files = state = model._checkpoint_state()
+                if dtype in QUANTIZATIONS and not quantized:
+                    model = cls(config.quantized(dtype))
+                    state = model._checkpoint_state()
+            layers = model._layers_of_weights()
+            require_memory(_size(state, dtype), f"in {dtype} for {name_or_path}")
+            weights = weights or _open_checked(cls, name_or_path, config)
             _check_names_and_shapes(name_or_path, in_files, weights, model.tied_weights)
             total = sum(file.sizes[name] for name, file in weights.items())
             disable = None if progress else True  # None shows it on a terminal alone
@@ -195,6 +209,24 @@ def _write_text(stack, path, text):
     Path(stack.enter_context(replacing(path))).write_text(text, encoding="utf-8")
 
 
+def _open_checked(cls, name_or_path, config):
+    """`open_weights` without the buffers of old checkpoints. InputError where there are not as many layers as
+    config.json asks for."""
+    weights = open_weights(name_or_path, cls.config_class.part)
+    weights = {name: file for name, file in weights.items() if not name.endswith(".rotary_emb.inv_freq")}
+    if any(name.startswith(("text_model.", "model.text_model.", "vqmodel.", "model.vqmodel.")) for name in weights):
+        raise InputError(cls.config_class.conversion(name_or_path))
+    for key, pattern in cls.repeated.items():
+        found = len({match[1] for match in map(re.compile(pattern).match, weights) if match})
+        value = getattr(config, key)
+        if found != (len(value) if isinstance(value, (list, tuple)) else value):
+            raise InputError(
+                f"{name_or_path} has weights of {found} where {key} {reprlib.repr(value)} of config.json asks for "
+                "another number: its weights are not those of its config.json"
+            )
+    return weights
+
+
 def _check_names_and_shapes(name_or_path, state, weights, optional):
     def some(names):
         names = sorted(names)
@@ -217,6 +249,12 @@ def _check_names_and_shapes(name_or_path, state, weights, optional):
             raise InputError(
                 f"{weights[name].path}: tensor {name} is {found}, config.json asks for {expected}: "
                 "config.json or the shard is another model's"
+            )
+    for name, twin in optional.items():
+        if twin and name in weights and not weights[name].equals(name, weights[twin], twin):
+            raise InputError(
+                f"{name_or_path} has {name}, which differs from {twin}, and config.json has tie_word_embeddings true: "
+                "set that to false, or take the right checkpoint"
             )
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from paddlemix.utils import InputError
 
-FIRST_VISUAL_TOKEN = "<|visual token 000000|>"
+VISUAL_TOKEN = "<|visual token "
+FIRST_VISUAL_TOKEN = VISUAL_TOKEN + "000000|>"
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,30 @@ class ImageGrammar:
 
     @classmethod
     def from_tokenizer(cls, tokenizer, codebook_size=32768):
-        """The grammar of an Emu3Tokenizer. InputError where it has fewer visual tokens than codewords."""
+        """The grammar of an Emu3Tokenizer.
+
+        InputError where it does not have one visual token for each codeword, in their order, or where two of the
+        tokens that pictures are written with are one.
+        """
         first = tokenizer.convert_tokens_to_ids(FIRST_VISUAL_TOKEN)
-        if first + codebook_size > len(tokenizer):
+        after = tokenizer.convert_ids_to_tokens(range(first, len(tokenizer)))
+        visual = [token for token in after if isinstance(token, str) and token.startswith(VISUAL_TOKEN)]
+        if len(visual) != codebook_size:
             raise InputError(
-                f"the tokenizer has {len(tokenizer) - first} visual tokens and the vision tokenizer {codebook_size} "
+                f"the tokenizer has {len(visual)} visual tokens and the vision tokenizer {codebook_size} "
                 "codewords: take the two from checkpoints that belong together"
             )
+        expected = [f"{VISUAL_TOKEN}{code:06d}|>" for code in range(codebook_size)]
+        if after[:codebook_size] != expected:
+            raise InputError(
+                f"the tokenizer's visual tokens must be <|visual token 000000|> to {expected[-1]} in this order, one "
+                "id after the other: download its files again"
+            )
+        names = ["img_token", "boi_token", "eoi_token", "eol_token", "eof_token", "eos_token"]
+        tokens = [getattr(tokenizer, name) for name in names]
+        if len(set(tokens)) < len(tokens) or set(tokens) & set(visual):
+            given = ", ".join(f"{name}={token}" for name, token in zip(names, tokens, strict=True))
+            raise InputError(f"{given}: each must be a token of its own, and not a visual one")
         return cls(
             img=tokenizer.img_token_id, boi=tokenizer.boi_token_id, eoi=tokenizer.eoi_token_id,
             eol=tokenizer.eol_token_id, eof=tokenizer.eof_token_id, eos=tokenizer.eos_token_id,
@@ -54,7 +72,7 @@ class ImageGrammar:
         first = config.eoi_token_id + 1
         return cls(
             img=config.img_token_id, boi=config.boi_token_id, eoi=config.eoi_token_id, eol=config.eol_token_id,
-            eof=config.eof_token_id, eos=config.eos_token_id, pad=config.pad_token_id, first_visual=first,
+            eof=config.eof_token_id, eos=config.eos_token_ids[0], pad=config.pad_token_id, first_visual=first,
             codebook_size=config.vocab_size - first, encode_text=encode_text,
         )  # fmt: skip
 

@@ -134,7 +134,8 @@ class Emu3Model(CheckpointMixin, nn.Layer):
     config_class = Emu3Config
     checkpoint_prefix = "model."
     dtypes = (*CheckpointMixin.dtypes, *QUANTIZATIONS)
-    tied_weights = ("lm_head.weight", "lm_head.weight_scale")
+    tied_weights = {"lm_head.weight": None, "lm_head.weight_scale": None}
+    repeated = {"num_hidden_layers": r"model\.layers\.(\d+)\."}
 
     def __init__(self, config):
         super().__init__()
@@ -248,6 +249,7 @@ class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
 
     config_class = Emu3Config
     dtypes = Emu3Model.dtypes
+    repeated = Emu3Model.repeated
 
     def __init__(self, config):
         super().__init__()
@@ -260,7 +262,7 @@ class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
 
     @property
     def tied_weights(self):
-        return ("lm_head.weight",) if self.config.tie_word_embeddings else ()
+        return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
 
     @property
     def dtype(self):

@@ -393,6 +393,7 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
     """
 
     config_class = Emu3VisionVQConfig
+    repeated = {"ch_mult": r"encoder\.down\.(\d+)\.", "num_res_blocks": r"encoder\.time_res_stack\.(\d+)\."}
 
     def __init__(self, config):
         super().__init__()

@@ -7,6 +7,7 @@ The pages read are handed back to the system at once, so that loading takes litt
 import json
 import math
 import mmap
+import os
 
 from paddlemix.utils import InputError
 
@@ -28,12 +29,18 @@ class SafetensorsFile:
 
         self.path = path
         try:
+            with open(path, "rb") as file:  # first: safe_open has one word for all that the system refuses
+                is_empty = not os.fstat(file.fileno()).st_size  # which cannot be mapped
+                self.map = b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             with safe_open(path, framework="np") as file:  # checks the header and that the file is whole
                 names = file.offset_keys()
                 slices = {name: file.get_slice(name) for name in names}
                 self.dtypes = {name: slices[name].get_dtype() for name in names}
                 self.shapes = {name: slices[name].get_shape() for name in names}
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"{path} cannot be read ({reason}): check who may read it, and the disk") from None
+        except SafetensorError as error:
             raise InputError(f"{path} is truncated or not a safetensors file ({error}): download it again") from None
         import ml_dtypes  # noqa: F401  makes numpy know bfloat16
         import numpy as np
@@ -41,8 +48,6 @@ class SafetensorsFile:
         for name, dtype in self.dtypes.items():
             if dtype not in DTYPES:
                 raise InputError(f"{path}: tensor {name} is {dtype}; accepted are {', '.join(DTYPES)}")
-        with open(path, "rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         # tensors follow each other without gaps, in the order of their offsets, to the end of the file
         self.offsets, self.sizes, offset = {}, {}, 8 + int.from_bytes(self.map[:8], "little")
         for name in names:
@@ -62,6 +67,14 @@ class SafetensorsFile:
         for start, chunk in self.chunks(name, out.dtype, 1, on_bytes):
             out[start : start + chunk.size] = chunk
         return out.reshape(self.shapes[name])
+
+    def equals(self, name, other, other_name):
+        """Whether a tensor is, to the last bit, that of another file or name."""
+        one, other = self._array(name), other._array(other_name)
+        return one.dtype == other.dtype and one.size == other.size and all(
+            one[i : i + CHUNK_BYTES].tobytes() == other[i : i + CHUNK_BYTES].tobytes()
+            for i in range(0, one.size, CHUNK_BYTES)
+        )  # fmt: skip
 
     def _array(self, name):
         """The tensor's numbers in the map, one after the other."""

@@ -179,7 +179,7 @@ class Answer:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
         self.prompts, self.max_new_tokens = [prompt], max_new_tokens
-        self.head, self.end = (0, config.vocab_size), config.eos_token_id
+        self.head, self.ends = (0, config.vocab_size), config.eos_token_ids
         self.sampling, self.noise = sampling, Noise(sampling, number, config.vocab_size)
         self.ids, self.ended = [], False
         self.cached, self.batch = 0, None  # so many of the prompt's last token and the ids, in this batch's cache
@@ -205,7 +205,7 @@ class Answer:
     def accept(self, read, picked):
         if len(picked):
             token = int(picked[0])
-            self.ended = token == self.end
+            self.ended = token in self.ends
             self.ids += [] if self.ended else [token]
         self.cached += read  # last: whoever breaks this off may go on
         return int(len(picked) and not self.ended)

@@ -6,6 +6,7 @@ An ordinary token is `bytes` (it may hold part of a character), a special token 
 
 import base64
 import json
+import os
 import re
 import reprlib
 import unicodedata
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import tiktoken
 
-from paddlemix.utils import BatchFeature, InputError, pad_rows, write_atomically
+from paddlemix.utils import BatchFeature, InputError, pad_rows, read_bytes, read_json, write_atomically
 
 from .hub import fetch
 
@@ -39,14 +40,23 @@ SPECIAL_FORM = re.compile(r"<\|[^<>|]+\|>")  # two of these never overlap, so fi
 
 def _one_of(name, value, accepted):
     if value not in accepted:
-        raise InputError(f"{name}={value!r} is not accepted: give one of {', '.join(map(repr, accepted))}")
+        raise InputError(f"{name}={reprlib.repr(value)} is not accepted: give one of {', '.join(map(repr, accepted))}")
+
+
+def _check_error_handler(errors):
+    try:
+        b"\xff".decode("utf-8", errors)
+    except UnicodeDecodeError:  # "strict"
+        pass
+    except (LookupError, TypeError):
+        raise InputError(
+            f"errors={reprlib.repr(errors)} is not what bytes.decode takes: give 'replace', 'ignore' or 'strict'"
+        ) from None
 
 
 def _lines(path):
     """Each line of a file that is not blank: its place for an error message, and its bytes."""
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
         if line.strip():
             yield f"{path}, line {number}", line
 
@@ -84,16 +94,6 @@ def _read_specials(path):
     return list(tokens)
 
 
-def _read_config(path):
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} must hold one JSON object, it holds a {type(config).__name__}")
-    return config
-
-
 def _role(name):
     """Two read-only properties: the token in this role, and its id."""
     return property(lambda self: self._roles[name]), property(lambda self: self._ids[self._roles[name]])
@@ -119,6 +119,7 @@ class Emu3Tokenizer:
 
     def __init__(
         self,
+        /,
         vocab_file,
         special_tokens_file,
         errors="replace",
@@ -135,6 +136,9 @@ class Emu3Tokenizer:
         **extra,
     ):
         _one_of("padding_side", padding_side, ("left", "right"))
+        _check_error_handler(errors)
+        if model_max_length is not None and not (type(model_max_length) is int and model_max_length > 0):
+            raise InputError(f"model_max_length must be a whole number above 0, got {reprlib.repr(model_max_length)}")
         self.errors, self.padding_side = errors, padding_side
         self.model_max_length, self.extra = model_max_length, extra
 
@@ -151,14 +155,14 @@ class Emu3Tokenizer:
         roles |= {"eol_token": eol_token, "eof_token": eof_token}
         self._roles = {name: t.get("content") if isinstance(t, dict) else t for name, t in roles.items()}
         for name, token in self._roles.items():
-            if token not in specials:
-                raise InputError(f"{name}={token!r} is not a special token of {special_tokens_file}")
+            if not isinstance(token, str) or token not in specials:
+                raise InputError(f"{name}={reprlib.repr(token)} is not a special token of {special_tokens_file}")
 
     @classmethod
     def from_pretrained(cls, name_or_dir, **overrides):
         """Read the tokenizer of a directory, a hub name or "emu3-mini". Overrides win over tokenizer_config.json."""
         directory = fetch(name_or_dir, [VOCAB_FILE, SPECIAL_TOKENS_FILE], [CONFIG_FILE])
-        config = _read_config(directory / CONFIG_FILE) if (directory / CONFIG_FILE).exists() else {}
+        config = read_json(directory / CONFIG_FILE) if os.path.lexists(directory / CONFIG_FILE) else {}
         config.update(vocab_file=directory / VOCAB_FILE, special_tokens_file=directory / SPECIAL_TOKENS_FILE)
         return cls(**{**config, **overrides})
 
