@@ -44,7 +44,8 @@ def frame_paths(folder):
     paths = [p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")]
     if not paths:
         raise InputError(f"--video_path {folder} holds no picture: give a folder of frames such as 000.png, 001.png")
-    return sorted(paths, key=lambda p: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", p.name)])
+    # Every second piece is a number. To ask isdigit is not enough: "\u00b2" is a digit, and int does not take it.
+    return sorted(paths, key=lambda p: [int(n) if i % 2 else n for i, n in enumerate(re.split(r"(\d+)", p.name))])
 
 
 def claim_paths(folder, stem, count, suffix, own=None):
