@@ -14,16 +14,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_pictures(paths, image_processor):
-    """PIL pictures of files, each of a shape that can be encoded; InputError names the file that is not."""
-    from paddlemix.processors.image_processing_emu3 import load_image
+    """PIL pictures of files, in mode RGB, each of a shape that can be encoded; InputError names the file that is
+    not."""
+    from paddlemix.processors.image_processing_emu3 import load_image, over_white
 
     images = {}
     for path in dict.fromkeys(paths):  # one of several questions is read once
-        images[path] = load_image(find_file(path))
+        image = load_image(find_file(path))
         try:
-            image_processor(images[path])
+            images[path], transparent = over_white(image)
+            image_processor.resized(image.height, image.width)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
+        if transparent:
+            note(f"{path}: its transparency is laid over white")
     return [images[path] for path in paths]
 
 
