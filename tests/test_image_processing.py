@@ -397,6 +397,7 @@ def test_what_are_no_pixels_is_refused(small, pixels):
     [
         {"min_pixels": 0},
         {"max_pixels": "big"},
+        {"question_max_pixels": 0},
         {"spatial_factor": 8.0},
         {"resample": 9},
         {"do_resize": "yes"},
@@ -446,7 +447,7 @@ def write_settings(directory, text):
 
 def test_settings_survive_a_round_trip(tmp_path):
     size = {"max_pixels": 1048576, "min_pixels": 4096}
-    settings = {**RELEASED, **size, "size": size, "new": [1]}
+    settings = {**RELEASED, **size, "size": size, "new": [1], "question_max_pixels": 8192}
     processor = Emu3VisionVQImageProcessor.from_pretrained(write_settings(tmp_path, json.dumps(settings)))
     assert processor.min_pixels == 4096
     processor.save_pretrained(tmp_path / "deep" / "er")

@@ -17,7 +17,20 @@ sys.path.insert(0, str(ROOT / "tools" / "mini"))
 
 from evaluate import compare
 from recognise import recognise
-from world import CANVASES, COLOURS, NUMBERS, SHAPES, caption, held_out, questions, random_scene, relation, render
+from world import (
+    CANVASES,
+    COLOURS,
+    NUMBERS,
+    SHAPES,
+    Scene,
+    Thing,
+    caption,
+    held_out,
+    questions,
+    random_scene,
+    relation,
+    render,
+)
 
 from paddlemix.models.emu3.hub import MINI_DIRECTORY
 from paddlemix.utils import InputError
@@ -260,6 +273,22 @@ def test_answer(command, tmp_path, monkeypatch, mini, torchs):
     code, out, err = command("run_understanding_inference.py", *arguments)
     assert code == 0 and "note" not in err
     assert out == mini[1].tokenizer.decode(asked["ids"], skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize("size", [(128, 128), (256, 256)])
+def test_a_large_picture_of_a_question_is_scaled(command, tmp_path, monkeypatch, size):
+    """To the sizes that it was made for, with a note; its own demo picture too."""
+    monkeypatch.chdir(tmp_path)
+    things = Thing("circle", "red", "large", 16, 32), Thing("triangle", "blue", "large", 48, 32)
+    scene = Scene(64, 64, ("white",), things)
+    Image.fromarray(render(scene)).resize(size, Image.Resampling.LANCZOS).save("large.png")
+    arguments = ["understand", "Please describe the image", "--model_path=emu3-mini"]
+    code, out, err = command(*arguments, "--image_path=large.png")
+    assert (code, out) == (0, caption(scene) + "\n")
+    [note] = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert f"a picture of {size[0]} x {size[1]} pixels is scaled to 64 x 64: " in note
+    code, out, err = command(*arguments)
+    assert code == 0 and out.strip() and "a picture of 640 x 424 pixels is scaled to 72 x 48: " in err
 
 
 def test_autoencode(command, tmp_path, monkeypatch):

@@ -283,6 +283,7 @@ SETTINGS = {  # name: (whether a value is good, what is accepted)
     "min_pixels": COUNT,
     "max_pixels": COUNT,
     "spatial_factor": COUNT,
+    "question_max_pixels": (lambda value: value is None or _is_count(value), f"{COUNT[1]}, or null"),
 }
 
 
@@ -290,7 +291,8 @@ class Emu3VisionVQImageProcessor:
     """Pictures <-> pixels: resized to sides that the vision tokenizer takes, values from 0..255 to -1..1.
 
     The arguments are the keys of `preprocessor_config.json`; keys that are not known here are kept and
-    written back. InputError: a value that is not accepted.
+    written back. `question_max_pixels` is the largest picture that the language model was made to answer
+    questions about; None, as in the released checkpoints, is `max_pixels`. InputError: a value that is not accepted.
     """
 
     def __init__(
@@ -307,6 +309,7 @@ class Emu3VisionVQImageProcessor:
         min_pixels=512 * 512,
         max_pixels=1024 * 1024,
         spatial_factor=8,
+        question_max_pixels=None,
         **other_keys,
     ):
         self.do_resize = do_resize
@@ -320,6 +323,7 @@ class Emu3VisionVQImageProcessor:
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
         self.spatial_factor = spatial_factor
+        self.question_max_pixels = question_max_pixels
         self.other_keys = other_keys
         for name, (is_good, accepted) in SETTINGS.items():
             if not is_good(getattr(self, name)):
@@ -359,22 +363,28 @@ class Emu3VisionVQImageProcessor:
         """Writes `preprocessor_config.json` into `directory`, made if need be; whole or not at all."""
         config = {"image_processor_type": type(self).__name__, **self.other_keys}
         config.update({name: getattr(self, name) for name in SETTINGS}, size=self.size)
+        if self.question_max_pixels is None:
+            del config["question_max_pixels"]  # which the original does not know
         path = Path(directory) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    def resized(self, height, width):
-        """The (height, width) that a picture gets. InputError: as `smart_resize` raises it."""
+    def resized(self, height, width, max_pixels=None):
+        """The (height, width) of a picture's pixels, of at most `max_pixels` where they are fewer than its own.
+
+        InputError: as `smart_resize` raises it.
+        """
         if not self.do_resize:
             return height, width
-        return smart_resize(height, width, self.spatial_factor, self.min_pixels, self.max_pixels)
+        most = min(self.max_pixels, max_pixels or self.max_pixels)
+        return smart_resize(height, width, self.spatial_factor, min(self.min_pixels, most), most)
 
-    def preprocess(self, images, return_tensors=None):
+    def preprocess(self, images, return_tensors=None, *, size=None):
         """One picture or a list of them -> `pixel_values`, float32 [B, 3, H, W] in [-1, 1].
 
         A picture is of PIL, of any mode, or a uint8 array [H, W], [H, W, 3] or [3, H, W]. `return_tensors`:
-        "np" or None for a numpy array, "pd" for a Paddle tensor. InputError: no picture, one that
-        `smart_resize` refuses, or pictures that come to different sizes.
+        "np" or None for a numpy array, "pd" for a Paddle tensor. `size`: (height, width) in place of what `resized`
+        gives. InputError: no picture, one that `smart_resize` refuses, or pictures that come to different sizes.
         """
         if return_tensors not in (None, "np", "pd"):
             raise InputError(f'return_tensors cannot be {return_tensors!r}: give "np", "pd" or None')
@@ -382,7 +392,7 @@ class Emu3VisionVQImageProcessor:
             images = [images]
         if not images:
             raise InputError("there is no picture in the list: give at least one")
-        pixels = [self._pixels(image) for image in images]
+        pixels = [self._pixels(image, size) for image in images]
         shapes = sorted({f"{height}x{width}" for _, height, width in (one.shape for one in pixels)})
         if len(shapes) > 1:
             raise InputError(
@@ -398,7 +408,7 @@ class Emu3VisionVQImageProcessor:
 
     __call__ = preprocess
 
-    def _pixels(self, image):
+    def _pixels(self, image, size):
         """One picture -> float32 [3, H, W]."""
         image = to_pil(image)
         if self.do_convert_rgb:
@@ -408,7 +418,7 @@ class Emu3VisionVQImageProcessor:
         elif image.mode != "RGB":
             raise InputError(f"the picture's mode is {image.mode}: with do_convert_rgb off, give RGB")
         if self.do_resize:
-            height, width = self.resized(image.height, image.width)
+            height, width = size or self.resized(image.height, image.width)
             image = image.resize((width, height), self.resample)
         pixels = np.asarray(image)  # [H, W, 3]
         if self.do_rescale:  # in float64 and rounded once: the original's numbers to the last bit
