@@ -275,20 +275,22 @@ def test_answer(command, tmp_path, monkeypatch, mini, torchs):
     assert out == mini[1].tokenizer.decode(asked["ids"], skip_special_tokens=True) + "\n"
 
 
-@pytest.mark.parametrize("size", [(128, 128), (256, 256)])
-def test_a_large_picture_of_a_question_is_scaled(command, tmp_path, monkeypatch, size):
-    """To the sizes that it was made for, with a note; its own demo picture too."""
+def test_large_pictures_of_questions_are_scaled(command, tmp_path, monkeypatch):
+    """To the sizes that it was made for, with a note; the default picture too."""
     monkeypatch.chdir(tmp_path)
     things = Thing("circle", "red", "large", 16, 32), Thing("triangle", "blue", "large", 48, 32)
     scene = Scene(64, 64, ("white",), things)
-    Image.fromarray(render(scene)).resize(size, Image.Resampling.LANCZOS).save("large.png")
-    arguments = ["understand", "Please describe the image", "--model_path=emu3-mini"]
-    code, out, err = command(*arguments, "--image_path=large.png")
-    assert (code, out) == (0, caption(scene) + "\n")
-    [note] = [line for line in err.splitlines() if line.startswith("note: ")]
-    assert f"a picture of {size[0]} x {size[1]} pixels is scaled to 64 x 64: " in note
-    code, out, err = command(*arguments)
-    assert code == 0 and out.strip() and "a picture of 640 x 424 pixels is scaled to 72 x 48: " in err
+    for side in (128, 256):
+        Image.fromarray(render(scene)).resize((side, side), Image.Resampling.LANCZOS).save(f"{side}.png")
+    default = "paddlemix/demo_images/emu3_demo.png"
+    arguments = ["Please describe the image", "--model_path=emu3-mini", "--image_path", "128.png", "256.png", default]
+    code, out, err = command("understand", *arguments)
+    answers = out.splitlines()
+    assert code == 0 and len(answers) == 6 and answers[1] == answers[3] == caption(scene) and answers[5]
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    for note, sizes in zip(notes, ("128 x 128|64 x 64", "256 x 256|64 x 64", "640 x 424|72 x 48"), strict=True):
+        before, after = sizes.split("|")
+        assert f"a picture of {before} pixels is scaled to {after}: " in note
 
 
 def test_autoencode(command, tmp_path, monkeypatch):
