@@ -459,6 +459,29 @@ def test_a_video(command, folder):
     assert code == 2 and "7 frames" in err and "add 1" in err
 
 
+def test_frames_of_odd_names_come_in_the_order_of_their_numbers(tmp_path):
+    from paddlemix.commands.files import frame_paths
+
+    names = ["12.png", "a².png", "a2.png", "a10.png", "a٣.png", "a²4.png", "é1.png"]
+    for name in reversed(names):
+        (tmp_path / name).touch()
+    assert {p.name for p in frame_paths(tmp_path)} == set(names)
+    numbered = [p.name for p in frame_paths(tmp_path) if p.name in ("12.png", "a2.png", "a٣.png", "a10.png")]
+    assert numbered == ["12.png", "a2.png", "a٣.png", "a10.png"]
+
+
+@pytest.mark.parametrize("caller", [see, ask])
+def test_a_transparent_picture_is_a_note(command, folder, caller):
+    logo = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    logo.paste((0, 0, 0, 255), (20, 20, 44, 44))
+    logo.save(folder / "logo.png")
+    code, _, err = caller(command, "--image_path", "logo.png", *(["--max_new_tokens=2"] if caller is ask else []))
+    assert code == 0 and err.splitlines()[0] == "note: logo.png: its transparency is laid over white"
+    assert err.count("white") == 1
+    if caller is see:
+        assert Image.open(folder / "recon_image_compare.png").getpixel((2, 30)) == (255, 255, 255)
+
+
 def test_several_pictures_of_several_ratios(command, folder):
     code, out, _ = draw(command, "--prompt", "a", "b", "--ratio", "1:1", "2:1", "--num_images=2", "--seed=3")
     assert code == 0 and last_line(out) == "wrote " + ", ".join(f"result_{i}.png" for i in range(4))

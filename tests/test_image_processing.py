@@ -1,13 +1,18 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Pictures to pixels and back: the original's numbers, every kind of picture, and every mistake of a user."""
 
+import io
 import json
+import struct
+import subprocess
+import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import paddlemix
 from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor, load_image, psnr, smart_resize
@@ -172,14 +177,85 @@ def test_colours_stay(same_size, mode):
     np.testing.assert_allclose(pixels, expected, rtol=0, atol=3 / 127.5)
 
 
-def test_a_transparent_palette_keeps_its_colours_without_a_warning(same_size, colours, tmp_path):
-    image = Image.fromarray(colours).quantize(16)
-    palette = np.array(image.getpalette()[: 16 * 3], np.uint8).reshape(16, 3)
-    image.save(tmp_path / "clear.png", transparency=bytes(range(0, 256, 16)))
+# Transparency lies over white
+
+
+def laid_over_white(colours, alpha):
+    """What the definition says: uint8 [H, W, 3] and alpha [H, W] of 0 to 1."""
+    return colours * alpha[..., None] + 255 * (1 - alpha[..., None])
+
+
+def assert_over_white(processor, image, expected, caplog, tolerance=1):
+    """Within a grey level, once said and without a warning of Pillow's."""
+    caplog.clear()
+    caplog.set_level("WARNING")  # which a command may have switched off
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pixels = same_size(load_image(tmp_path / "clear.png")).pixel_values[0]
-    np.testing.assert_allclose(pixels, to_pixels(palette[np.asarray(image)]), rtol=0, atol=1e-6)
+        pixels = processor(image).pixel_values[0]
+    np.testing.assert_allclose(pixels, to_pixels(expected), rtol=0, atol=tolerance / 127.5)
+    assert [record.message for record in caplog.records] == ["a picture's transparency is laid over white"]
+
+
+def png(depth, colour_type, rows, width, *before, after=()):
+    """A PNG's bytes: rows of bytes as the format packs them, and chunks (name, content) before and after the pixels."""
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, colour_type, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for name, content in ((b"IHDR", header), *before, (b"IDAT", pixels), *after, (b"IEND", b"")):
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        parts.append(struct.pack(">I", len(content)) + name + content + checksum)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA"])
+def test_an_alpha_channel(same_size, colours, mode, caplog):
+    alpha = np.linspace(0, 255, HEIGHT * WIDTH).round().astype(np.uint8).reshape(HEIGHT, WIDTH)
+    plain = colours if "RGB" in mode else np.full_like(colours, 70)
+    rgba = Image.fromarray(np.dstack([plain, alpha]))
+    if mode == "PA":
+        image = Image.merge("PA", [Image.new("L", rgba.size, 1), rgba.getchannel("A")])
+        image.putpalette([9, 9, 9, 70, 70, 70])
+    else:
+        image = rgba if mode[:3] == "RGB" else rgba.convert("LA")
+        image = image if mode in ("RGBA", "LA") else image.convert(mode)
+    assert image.mode == mode
+    assert_over_white(same_size, image, laid_over_white(plain, alpha / 255), caplog, 2 if mode[-1] == "a" else 1)
+
+
+def test_a_transparent_palette(same_size, colours, tmp_path, caplog):
+    image = Image.fromarray(colours).quantize(16)
+    palette, indices = np.array(image.getpalette()[: 16 * 3], np.uint8).reshape(16, 3), np.asarray(image)
+    for transparency, alpha in ((bytes(range(0, 256, 16)), np.arange(0, 256, 16) / 255), (3, np.arange(16) != 3)):
+        image.save(tmp_path / "clear.png", transparency=transparency)
+        expected = laid_over_white(palette[indices], alpha[indices])
+        assert_over_white(same_size, load_image(tmp_path / "clear.png"), expected, caplog)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour_type", "row", "clear", "colours"),
+    [  # four pixels of a PNG, of which the second has the colour that tRNS names; what the four are over white
+        (1, 0, b"\xa0", b"\0\0", [255, 255, 255, 255]),
+        (2, 0, b"\x1b", b"\0\1", [0, 255, 170, 255]),
+        (4, 0, b"\x0a\x5f", b"\0\x0a", [0, 255, 85, 255]),
+        (8, 0, b"\0\x50\x51\xff", b"\0\x50", [0, 255, 81, 255]),
+        (16, 0, b"\0\0\x50\x50\x50\x51\xff\xff", b"\x50\x50", [0, 255, 80, 255]),
+        (8, 2, b"\1\1\1\2\2\2\2\3\2\7\7\7", b"\0\2\0\2\0\2", [1, 255, (2, 3, 2), 7]),
+        (16, 2, b"\1\0" * 3 + b"\2\x50" * 3 + b"\3\0" * 3 + b"\x50\x50" * 3, b"\2\x50" * 3, [1, 255, 3, 80]),
+        (16, 6, b"\x40\0" * 3 + b"\xff\xff" + b"\x50\0" * 3 + b"\0\0" + b"\x60\0" * 3 + b"\xff\xff" + b"\0" * 8,
+         None, [64, 255, 96, 255]),
+    ],
+)  # fmt: skip
+def test_a_transparent_colour_of_a_png(same_size, depth, colour_type, row, clear, colours, tmp_path, caplog):
+    (tmp_path / "clear.png").write_bytes(png(depth, colour_type, [row], 4, *([(b"tRNS", clear)] if clear else [])))
+    expected = np.array([np.broadcast_to(colour, 3) for colour in colours], np.uint8)[None]
+    assert_over_white(same_size, load_image(tmp_path / "clear.png"), expected, caplog)
+
+
+def test_an_opaque_picture_is_as_it_is(same_size, colours, caplog):
+    for image in (Image.fromarray(colours).convert("RGBA"), Image.fromarray(colours).quantize(8).convert("PA")):
+        expected = np.asarray(image.convert("RGB"))
+        np.testing.assert_allclose(same_size(image).pixel_values[0], to_pixels(expected), rtol=0, atol=1e-6)
+    assert not caplog.records
 
 
 def test_sixteen_bit_greys_are_scaled_not_clipped(same_size, tmp_path):
@@ -321,6 +397,7 @@ def test_what_are_no_pixels_is_refused(small, pixels):
     [
         {"min_pixels": 0},
         {"max_pixels": "big"},
+        {"question_max_pixels": 0},
         {"spatial_factor": 8.0},
         {"resample": 9},
         {"do_resize": "yes"},
@@ -370,7 +447,7 @@ def write_settings(directory, text):
 
 def test_settings_survive_a_round_trip(tmp_path):
     size = {"max_pixels": 1048576, "min_pixels": 4096}
-    settings = {**RELEASED, **size, "size": size, "new": [1]}
+    settings = {**RELEASED, **size, "size": size, "new": [1], "question_max_pixels": 8192}
     processor = Emu3VisionVQImageProcessor.from_pretrained(write_settings(tmp_path, json.dumps(settings)))
     assert processor.min_pixels == 4096
     processor.save_pretrained(tmp_path / "deep" / "er")
@@ -437,11 +514,157 @@ def test_load_image_refuses_a_picture_cut_short(tmp_path, format):
     refusal(path)
 
 
-@pytest.mark.parametrize("limit", [1000, 100])  # Pillow warns above the limit, and raises above its double
-def test_load_image_refuses_a_decompression_bomb(tmp_path, colours, monkeypatch, limit):
+def test_load_image_refuses_a_decompression_bomb(tmp_path, colours, monkeypatch):
+    """Pillow warns above its limit, and raises above its double."""
     Image.fromarray(colours).save(tmp_path / "bomb.png")
-    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", limit)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1000)
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "bomb.png")), colours)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 700)
     assert f"{HEIGHT * WIDTH} pixels" in refusal(tmp_path / "bomb.png")
+
+
+def test_whatever_pillow_raises_is_damage(tmp_path, colours):
+    """An assertion in FTEX, and bytes of each format exchanged: a picture, or one line."""
+    ftex = b"FTEX" + struct.pack("<10i", 0, 64, 64, 1, 2, 0, 0, 0, 0, 0)  # two formats
+    (tmp_path / "ftex.png").write_bytes(ftex)
+    assert "cannot be read (AssertionError)" in refusal(tmp_path / "ftex.png")
+    rng, refused = np.random.default_rng(0), 0
+    for format in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "TGA", "PCX", "DDS", "ICO", "SGI", "WEBP", "JPEG2000", "QOI"):
+        file = io.BytesIO()
+        try:
+            Image.fromarray(colours).save(file, format)
+        except (KeyError, OSError):  # which this Pillow does not write
+            continue
+        for _ in range(25):
+            data = bytearray(file.getvalue())
+            for place in rng.integers(0, min(len(data), 150), 3):
+                data[place] = rng.integers(256)
+            (tmp_path / "odd").write_bytes(data[: rng.integers(len(data) // 2, len(data) + 1)])
+            try:
+                load_image(tmp_path / "odd")
+            except InputError as error:
+                refused += "\n" not in str(error)
+    assert refused > 50
+
+
+def test_a_damaged_picture_prints_nothing(tmp_path, colours):
+    """Pillow logs an error of 99 samples a pixel beside raising."""
+    Image.fromarray(colours).save(tmp_path / "odd.tif")
+    samples = struct.pack("<HHI", 277, 3, 1)
+    before, after = (tmp_path / "odd.tif").read_bytes().split(samples + b"\3")
+    (tmp_path / "odd.tif").write_bytes(before + samples + b"\x63" + after)
+    program = "import sys; from paddlemix.processors.image_processing_emu3 import load_image; load_image(sys.argv[1])"
+    run = [sys.executable, "-c", program, tmp_path / "odd.tif"]
+    error = subprocess.run(run, capture_output=True, text=True, check=False).stderr
+    assert "InputError: " in error and "More samples" not in error
+
+
+def test_a_damaged_file_of_a_lazy_picture_is_refused(tmp_path, same_size):
+    Image.effect_noise((64, 64), 60).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-200])
+    with Image.open(tmp_path / "cut.png") as image, pytest.raises(InputError, match="the picture cannot be read"):
+        same_size(image)
+
+
+# Good pixels beside odd texts
+
+
+LONG, SHORT = zlib.compress(b"x" * (2 << 20)), zlib.compress(b"x" * (1 << 20))
+TEXTS = {
+    "profile": [(b"iCCP", b"name\0\0" + LONG)],
+    "text": [(b"zTXt", b"key\0\0" + LONG)],
+    "international text": [(b"iTXt", b"key\0\1\0\0\0" + LONG)],
+    "many texts": [(b"zTXt", b"key%d\0\0" % i + SHORT) for i in range(66)],
+    "damaged profile": [(b"iCCP", b"name\0\7" + LONG)],
+    "damaged text": [(b"zTXt", b"key\0\7" + LONG)],
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_texts_and_profiles_do_not_spoil_a_picture(tmp_path, kind):
+    """Larger than Pillow takes by itself, or damaged, before the pixels and after them; its limits stay."""
+    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    for before, after in ((TEXTS[kind], []), ([], TEXTS[kind])):
+        (tmp_path / "a.png").write_bytes(png(8, 0, [b"\1\2\3"] * 2, 3, *before, after=after))
+        assert np.asarray(load_image(tmp_path / "a.png")).tolist() == [[1, 2, 3]] * 2
+        cut = png(8, 0, [b"\1\2\3"], 3, *before, after=after).replace(b"IDAT", b"IDAX")
+        (tmp_path / "a.png").write_bytes(cut)
+        refusal(tmp_path / "a.png")
+    assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+
+
+# Large pictures are made smaller while they are read
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Pictures of 48 x 32 count as large, and become 24 x 16."""
+    monkeypatch.setattr("paddlemix.processors.image_processing_emu3.LARGE", 1000)
+    monkeypatch.setattr("paddlemix.processors.image_processing_emu3.KEPT", 300)
+
+
+def means(picture):
+    """uint8 [H, W, ...] -> the mean of each 2 x 2 pixels."""
+    height, width = (side // 2 for side in picture.shape[:2])
+    return picture.reshape(height, 2, width, 2, -1).mean((1, 3))
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("1", "png"), ("L", "png"), ("LA", "png"), ("P", "png"), ("RGB", "png"), ("RGBA", "png"), ("I;16", "png"),
+        ("I;16B", "tif"), ("I", "tif"), ("F", "tif"), ("CMYK", "tif"), ("LAB", "tif"), ("RGB", "jpg"), ("CMYK", "jpg"),
+    ],
+)  # fmt: skip
+def test_a_large_picture_of_every_mode(same_size, large, tmp_path, mode, suffix):
+    grey = np.repeat(np.arange(WIDTH, dtype=np.uint8)[None] // 8 * 50, HEIGHT, axis=0)
+    if mode == "1":
+        grey = (grey > 100).astype(np.uint8) * 255
+    path = tmp_path / f"large.{suffix}"
+    in_mode(mode, grey).save(path)
+    pixels = same_size(load_image(path)).pixel_values[0]
+    expected = to_pixels(np.repeat(means(grey), 3, axis=2))
+    np.testing.assert_allclose(pixels, expected, rtol=0, atol=(10 if mode == "LAB" or suffix == "jpg" else 1) / 127.5)
+
+
+def test_a_large_transparent_picture(same_size, large, colours, tmp_path, caplog):
+    """Its bands have a common palette and a common transparency, and each pixel the mean of what lies over white."""
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    alpha = ((rows + columns) % 2 * 255).astype(np.uint8)
+    Image.fromarray(np.dstack([colours, alpha])).save(tmp_path / "a.png")
+    expected = means(laid_over_white(colours, alpha / 255).astype(np.uint8))
+    assert_over_white(same_size, load_image(tmp_path / "a.png"), expected, caplog, 2)
+    (tmp_path / "a.png").write_bytes(
+        png(8, 3, [bytes([i % 2 for i in range(48)])] * 32, 48, (b"PLTE", b"\0\0\0\x40\x40\x40"), (b"tRNS", b"\0"))
+    )
+    assert_over_white(same_size, load_image(tmp_path / "a.png"), np.full([16, 24, 3], (255 + 64) / 2), caplog, 2)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_a_large_picture_is_upright(same_size, large, tmp_path, orientation, suffix):
+    picture = np.zeros([HEIGHT, WIDTH, 3], np.uint8)
+    picture[:16, :16], picture[:16, 16:] = (250, 250, 250), (128, 128, 128)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    Image.fromarray(np.ascontiguousarray(STORED[orientation](picture))).save(path, exif=exif)
+    image = load_image(path)
+    assert image.size == (WIDTH // 2, HEIGHT // 2)
+    np.testing.assert_allclose(same_size(image).pixel_values[0], to_pixels(means(picture)), rtol=0, atol=8 / 127.5)
+
+
+def test_a_picture_of_90_million_pixels_is_read_at_bounded_memory(tmp_path):
+    """A byte a pixel, as Pillow keeps it, and not the three or four of RGB beside it."""
+    (tmp_path / "big.png").write_bytes(png(1, 0, [b"\xff" * 1200] * 9400, 9600))
+    program = (
+        "import sys; from paddlemix.processors.image_processing_emu3 import *; "
+        "pixels = Emu3VisionVQImageProcessor()(load_image(sys.argv[1])).pixel_values; "
+        "print(*pixels.shape, pixels.min(), *open('/proc/self/status').read().split('VmHWM:')[1].split()[:1])"
+    )
+    out = subprocess.run([sys.executable, "-c", program, tmp_path / "big.png"], capture_output=True, check=True).stdout
+    *shape, least, peak = out.split()
+    assert shape == [b"1", b"3", b"1008", b"1032"] and least == b"1.0" and int(peak) < 350 * 1024
 
 
 def test_psnr():

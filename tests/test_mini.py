@@ -17,7 +17,20 @@ sys.path.insert(0, str(ROOT / "tools" / "mini"))
 
 from evaluate import compare
 from recognise import recognise
-from world import CANVASES, COLOURS, NUMBERS, SHAPES, caption, held_out, questions, random_scene, relation, render
+from world import (
+    CANVASES,
+    COLOURS,
+    NUMBERS,
+    SHAPES,
+    Scene,
+    Thing,
+    caption,
+    held_out,
+    questions,
+    random_scene,
+    relation,
+    render,
+)
 
 from paddlemix.models.emu3.hub import MINI_DIRECTORY
 from paddlemix.utils import InputError
@@ -260,6 +273,24 @@ def test_answer(command, tmp_path, monkeypatch, mini, torchs):
     code, out, err = command("run_understanding_inference.py", *arguments)
     assert code == 0 and "note" not in err
     assert out == mini[1].tokenizer.decode(asked["ids"], skip_special_tokens=True) + "\n"
+
+
+def test_large_pictures_of_questions_are_scaled(command, tmp_path, monkeypatch):
+    """To the sizes that it was made for, with a note; the default picture too."""
+    monkeypatch.chdir(tmp_path)
+    things = Thing("circle", "red", "large", 16, 32), Thing("triangle", "blue", "large", 48, 32)
+    scene = Scene(64, 64, ("white",), things)
+    for side in (128, 256):
+        Image.fromarray(render(scene)).resize((side, side), Image.Resampling.LANCZOS).save(f"{side}.png")
+    default = "paddlemix/demo_images/emu3_demo.png"
+    arguments = ["Please describe the image", "--model_path=emu3-mini", "--image_path", "128.png", "256.png", default]
+    code, out, err = command("understand", *arguments)
+    answers = out.splitlines()
+    assert code == 0 and len(answers) == 6 and answers[1] == answers[3] == caption(scene) and answers[5]
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    for note, sizes in zip(notes, ("128 x 128|64 x 64", "256 x 256|64 x 64", "640 x 424|72 x 48"), strict=True):
+        before, after = sizes.split("|")
+        assert f"a picture of {before} pixels is scaled to {after}: " in note
 
 
 def test_autoencode(command, tmp_path, monkeypatch):

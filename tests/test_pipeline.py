@@ -138,6 +138,34 @@ def test_a_picture_of_several_questions_is_encoded_once(emu3, picture, monkeypat
     assert sizes == [2, 1]
 
 
+def test_notes_on_pictures_of_questions(emu3, picture, caplog):
+    """What happened to a picture stands in the notes of the steps, and in the log of a whole answer."""
+    caplog.set_level("WARNING")  # which a command may have switched off
+    question = "What colour is the circle?"
+    clear = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
+    clear.paste(picture.resize((160, 160)), (48, 48))
+    notes = [
+        "a picture's transparency is laid over white",
+        "a picture of 256 x 256 pixels is scaled to 64 x 64: the checkpoint takes no larger one in a question",
+    ]
+    answers = emu3.understand_steps([clear, picture, clear], question)
+    assert answers.notes == notes and not emu3.understand_steps(picture, question).notes
+    over_white = Image.new("RGB", clear.size, "white")
+    over_white.paste(clear, mask=clear.getchannel("A"))
+    [*_] = answers
+    assert not caplog.records and answers.texts[0] == answers.texts[2] == emu3.understand(over_white, question)
+    caplog.clear()
+    assert emu3.understand(clear, question) == answers.texts[0]
+    assert [record.message for record in caplog.records] == notes
+
+
+def test_a_transparent_picture_is_reconstructed_over_white(emu3, picture):
+    clear = picture.convert("RGBA")
+    clear.paste((0, 0, 0, 0), (0, 0, 64, 24))
+    [step] = emu3.autoencode_steps(clear)
+    assert step.original.getpixel((5, 5)) == (255, 255, 255) and step.original.size == (64, 64)
+
+
 def test_answers_by_chance(emu3, picture):
     question = "Please describe the image"
     draws = []
@@ -271,6 +299,10 @@ def test_several_tokens_may_end_an_answer(emu3, picture, tmp_path):
         (lambda e: e.understand(Image.new("RGB", (64, 64)), "x", max_new_tokens=0), "max_new_tokens"),
         (lambda e: e.understand([1, 2], ["a", "b", "c"]), "2 and 3"),
         (lambda e: e.understand([], "x"), "at least one picture"),
+        (
+            lambda e: e.understand(Image.new("RGB", (64, 64)), "x " * 100_000),
+            "the question has 2000.. tokens, the model has 1024 positions: there is no room for the picture; shorten",
+        ),
         (lambda e: e.understand(Image.new("RGB", (64, 64)), []), "at least one question"),
         (lambda e: e.generate([]), "at least one"),
         (lambda e: e.autoencode(), "image or video"),

@@ -11,6 +11,7 @@ from paddlemix.models.emu3 import Emu3Tokenizer
 from paddlemix.models.emu3.image_grammar import ImageGrammar
 from paddlemix.processors import Emu3Processor, Emu3VisionVQImageProcessor
 from paddlemix.processors.emu3_processing import generate_size, largest_size
+from paddlemix.processors.image_processing_emu3 import smart_resize
 
 DATA = golden("processor.npz")
 IMAGES = [Image.fromarray(DATA[f"image{i}"]) for i in range(3)]
@@ -50,6 +51,36 @@ def test_golden_drawing_prompts(processor):
     batch = processor(prompts, mode="G", ratio=["1:1", "16:9"], padding="longest", return_tensors="pd")
     assert isinstance(batch.input_ids, paddle.Tensor)
     same(batch, "g")
+
+
+def test_a_picture_of_a_question_leaves_positions_for_an_answer(processor):
+    """As it is while there is one; else the largest that leaves an eighth of them, of nearly its own shape."""
+    [[row], [size]] = (processor("what?", IMAGES[1], mode="U")[name] for name in ("input_ids", "image_size"))
+    plenty = processor("what?", IMAGES[1], mode="U", positions=len(row) + 1)
+    assert plenty["input_ids"] == [row] and size == [12, 16]
+    for positions in (len(row), 200, 150, 100):
+        small = processor(["what?"], IMAGES[1], mode="U", positions=positions)
+        [(h, w)], length = small["image_size"], len(small["input_ids"][0])
+        assert length < positions - positions // 8 and h * w < 12 * 16 and 1 <= w / h < 2
+        assert length + (h + w + 2) * 1.5 > positions - positions // 8  # a row and a column more are too many
+    long = processor(["what?", "what? " * 20], [IMAGES[1]] * 2, mode="U", positions=250)
+    assert len(set(map(tuple, long["image_size"]))) == 1 and max(map(len, long["input_ids"])) < 250
+    with pytest.raises(ValueError, match="positions: there is no room for the picture; shorten the question"):
+        processor("what?", IMAGES[1], mode="U", positions=20)
+
+
+def test_the_largest_picture_of_a_question(processor):
+    settings = {"min_pixels": 64 * 64, "max_pixels": 112 * 112}
+    small = Emu3VisionVQImageProcessor(**settings, question_max_pixels=48 * 48)
+    asked = Emu3Processor(small, processor.vision_tokenizer, processor.tokenizer)
+    assert asked("what?", IMAGES[1], mode="U")["image_size"] == [[5, 6]]  # 40 x 48 of 120 x 160 pixels
+    assert asked.tokenize_image([IMAGES[1]])[0].shape == (12, 16)  # not in a question
+    # what the released settings give, positions or not
+    released = Emu3Processor(Emu3VisionVQImageProcessor(), processor.vision_tokenizer, processor.tokenizer)
+    for height, width in ((100, 100), (424, 640), (720, 720), (2000, 3000), (9, 40)):
+        size = smart_resize(height, width)
+        assert released.question_size(height, width) == size
+        assert released.question_size(height, width, 50, 131072) == size
 
 
 def test_attention_mask_comes_with_every_form(processor):

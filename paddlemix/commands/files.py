@@ -14,16 +14,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_pictures(paths, image_processor):
-    """PIL pictures of files, each of a shape that can be encoded; InputError names the file that is not."""
-    from paddlemix.processors.image_processing_emu3 import load_image
+    """PIL pictures of files, in mode RGB, each of a shape that can be encoded; InputError names the file that is
+    not."""
+    from paddlemix.processors.image_processing_emu3 import load_image, over_white
 
     images = {}
     for path in dict.fromkeys(paths):  # one of several questions is read once
-        images[path] = load_image(find_file(path))
+        image = load_image(find_file(path))
         try:
-            image_processor(images[path])
+            images[path], transparent = over_white(image)
+            image_processor.resized(image.height, image.width)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
+        if transparent:
+            note(f"{path}: its transparency is laid over white")
     return [images[path] for path in paths]
 
 
@@ -44,7 +48,8 @@ def frame_paths(folder):
     paths = [p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")]
     if not paths:
         raise InputError(f"--video_path {folder} holds no picture: give a folder of frames such as 000.png, 001.png")
-    return sorted(paths, key=lambda p: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", p.name)])
+    # Every second piece is a number. To ask isdigit is not enough: "\u00b2" is a digit, and int does not take it.
+    return sorted(paths, key=lambda p: [int(n) if i % 2 else n for i, n in enumerate(re.split(r"(\d+)", p.name))])
 
 
 def claim_paths(folder, stem, count, suffix, own=None):

@@ -15,7 +15,7 @@ def parser(prog=None):
         "--image_path",
         nargs="+",
         default=["paddlemix/demo_images/emu3_demo.png"],
-        help="one or more, answered together",
+        help="one or more, answered together; larger ones than the checkpoint takes in a question are scaled",
     )
     add_texts(
         parser, "question", ["Please describe the image"], "one for all pictures or one each", prog is not None

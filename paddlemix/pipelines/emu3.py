@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Emu3 in one object: text-to-image, image question answering, and the vision tokenizer, each whole or step by step."""
 
+import logging
 import os
 import reprlib
 import secrets
@@ -218,12 +219,14 @@ class Emu3Pipeline:
     # --- image question answering
 
     def understand(self, image, question, **options):
-        """Answer questions about pictures. Arguments as `understand_steps` takes them.
+        """Answer questions about pictures. Arguments as `understand_steps` takes them; its notes are logged.
 
         Returns:
             str for one picture and one question, else a list of str.
         """
         answers = self.understand_steps(image, question, **options)
+        for note in answers.notes:
+            logging.getLogger(__name__).warning(note)
         for _ in answers:
             pass
         is_list = isinstance(image, (list, tuple)) or isinstance(question, (list, tuple))
@@ -235,7 +238,8 @@ class Emu3Pipeline:
         """An Understanding: iterate over it, and it gives the answers' texts as they come.
 
         Args:
-            image: a PIL picture or a list of them; one serves all questions.
+            image: a PIL picture or a list of them; one serves all questions. One that is larger than the checkpoint
+                takes in a question is scaled, and transparency is laid over white, each with a note.
             question: a text or a list of them; one serves all pictures.
             max_new_tokens: the longest answer; None is 1,024, or what the model has positions for.
             temperature, top_k, top_p, seed: as Sampling takes them. An answer is greedy unless one of the first three

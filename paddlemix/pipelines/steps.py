@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from paddlemix.machine import require_memory
 from paddlemix.processors.emu3_processing import largest_size
-from paddlemix.processors.image_processing_emu3 import psnr
+from paddlemix.processors.image_processing_emu3 import over_white, psnr, to_pil
 from paddlemix.utils import InputError
 
 
@@ -173,18 +173,18 @@ class Understanding:
 
         self.pipeline, self.notes, self.forward_passes = pipeline, [], 0
         pipeline.load()  # before the clock starts
-        start = time.perf_counter()
-        prompts = pipeline.processor(questions, images, mode="U")["input_ids"]
+        start, limit = time.perf_counter(), pipeline.config.max_position_embeddings
+        flat = {id(one): self._flat(one) for one in images}
+        images = [flat[id(one)] for one in images]
+        batch = pipeline.processor(questions, images, mode="U", positions=limit)
         self.encode_s = time.perf_counter() - start
-        length, limit = max(map(len, prompts)), pipeline.config.max_position_embeddings
+        for image, size in zip(images, batch["image_size"], strict=True):
+            self._note_scaled(image, size)
+        prompts = batch["input_ids"]
+        length = max(map(len, prompts))
         if max_new_tokens is None:
             max_new_tokens = min(1024, max(1, limit - length))
-        if length >= limit:
-            self.notes.append(
-                f"the question with its picture takes {length} tokens, the model has {limit} positions: give a smaller "
-                "picture"
-            )
-        elif length + max_new_tokens > limit:
+        if length + max_new_tokens > limit:
             self.notes.append(
                 f"prompt and answer take up to {length + max_new_tokens} tokens, the model has {limit} positions: "
                 "lower max_new_tokens"
@@ -193,6 +193,26 @@ class Understanding:
             Answer(prompt, max_new_tokens, pipeline.config, sampling, i) for i, prompt in enumerate(prompts)
         ]
         self.texts = [""] * len(prompts)
+
+    def _flat(self, image):
+        image, transparent = over_white(to_pil(image))
+        if transparent:
+            self._note("a picture's transparency is laid over white")
+        return image
+
+    def _note_scaled(self, image, codes):
+        """A note on a picture that has fewer pixels than the vision tokenizer takes."""
+        processor = self.pipeline.processor
+        size = [side * processor.vision_tokenizer.spatial_scale_factor for side in codes]
+        if size != list(processor.image_processor.resized(image.height, image.width)):
+            self._note(
+                f"a picture of {image.width} x {image.height} pixels is scaled to {size[1]} x {size[0]}: "
+                "the checkpoint takes no larger one in a question"
+            )
+
+    def _note(self, text):
+        if text not in self.notes:
+            self.notes.append(text)
 
     @property
     def tokens(self):

@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Text and pictures to prompts of token ids, and ids back to text and pictures."""
 
+import math
 import re
 from functools import partial
 
@@ -8,6 +9,8 @@ import numpy as np
 
 from paddlemix.models.emu3.image_grammar import ImageGrammar
 from paddlemix.utils import BatchFeature, InputError
+
+from .image_processing_emu3 import to_pil
 
 # what the original adds to every drawing prompt, and leads away from
 POSITIVE_PROMPT = " masterpiece, film grained, best quality."
@@ -111,6 +114,7 @@ class Emu3Processor:
         ratio="1:1",
         image_area=518400,
         padding_image=False,
+        positions=None,
         padding=False,
         padding_side=None,
         return_tensors=None,
@@ -125,6 +129,7 @@ class Emu3Processor:
             image_area: mode "G": pixels of the picture to draw.
             padding_image: mode "U": encode pictures of different sizes in one batch, padded with grey; faster on
                 a card, but codes near the edges are then not those of the picture alone.
+            positions: mode "U": how many the model has; a picture that leaves none for an answer is made smaller.
             padding, padding_side, return_tensors: as Emu3Tokenizer takes them.
 
         Returns:
@@ -139,7 +144,7 @@ class Emu3Processor:
                 raise InputError('mode "G" draws a picture from text and takes none: leave image out, or mode="U"')
             rows, sizes = self._drawing_prompts(texts, ratio, image_area)
         elif mode == "U":
-            rows, sizes = self._chat_prompts(texts, image, padding_image)
+            rows, sizes = self._chat_prompts(texts, image, padding_image, positions)
         else:
             raise InputError(f'mode must be "G" (draw) or "U" (understand), got {mode!r}')
         return self._batch(rows, sizes, padding, padding_side, return_tensors)
@@ -153,16 +158,51 @@ class Emu3Processor:
         bos = self.tokenizer.bos_token_id
         return [[bos, *encode(t), *self.grammar.head(*s)] for t, s in zip(texts, sizes, strict=True)], sizes
 
-    def _chat_prompts(self, texts, image, padding_image):
+    def _chat_prompts(self, texts, image, padding_image, positions):
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if len(images) != len(texts) or any(i is None for i in images):
             raise InputError(f'mode "U" takes a picture a text: {len(texts)} texts, {len(images)} pictures')
-        unique = {id(one): one for one in images}  # a picture of several questions is encoded once
-        encoded = self.tokenize_image(list(unique.values()), padding_image=padding_image)
+        longest = {}  # a picture of several questions is encoded once, beside the longest of them
+        for one, text in zip(images, texts, strict=True):
+            longest[id(one)] = max(longest.get(id(one), 0), len(self._fill_template(text, [])))
+        unique = {id(one): to_pil(one) for one in images}
+        sizes = [self.question_size(one.height, one.width, longest[i], positions) for i, one in unique.items()]
+        encoded = self.tokenize_image(list(unique.values()), padding_image=padding_image, sizes=sizes)
         by_picture = dict(zip(unique, encoded, strict=True))
         codes = [by_picture[id(one)] for one in images]
         rows = [self._fill_template(t, self.grammar.encode(c)) for t, c in zip(texts, codes, strict=True)]
         return rows, [c.shape for c in codes]
+
+    def question_size(self, height, width, tokens=0, positions=None):
+        """The (height, width) in pixels that a picture of a question gets.
+
+        It is what the image processor gives, within its `question_max_pixels`. A picture that leaves none of the
+        model's `positions` beside the `tokens` of the question is made smaller, and leaves an eighth of them.
+
+        InputError: a picture that the image processor refuses, or a question that leaves no picture room.
+        """
+        settings, factor = self.image_processor, self.vision_tokenizer.spatial_scale_factor
+        size = settings.resized(height, width, settings.question_max_pixels)
+        room = math.inf if positions is None else positions - tokens - 1
+        if self._picture_tokens(size) <= room:
+            return size
+        room -= positions // 8
+        for codes in range(min(math.prod(size) // factor**2, room), 0, -1):
+            try:
+                size = settings.resized(height, width, codes * factor**2)
+            except InputError:  # a side of less than one code
+                break
+            if self._picture_tokens(size) <= room:
+                return size
+        raise InputError(
+            f"the question has {tokens} tokens, the model has {positions} positions: there is no room for the picture; "
+            "shorten the question"
+        )
+
+    def _picture_tokens(self, size):
+        """Of a picture of (height, width) pixels in a prompt."""
+        h, w = (side // self.vision_tokenizer.spatial_scale_factor for side in size)
+        return len(self.grammar.head(h, w)) + self.grammar.num_tokens(h, w) - 1  # it has no EOS
 
     def _fill_template(self, text, picture_ids):
         """BOS and the chat template's ids; only the template itself can name special tokens."""
@@ -192,9 +232,15 @@ class Emu3Processor:
         batch["image_size"] = image_size if return_tensors else image_size.tolist()
         return batch
 
-    def tokenize_image(self, images, *, padding_image=False):
-        """Codes of PIL pictures: a list of int64 arrays [h, w]. Pictures of one size are encoded together."""
-        pixels = [self.image_processor(image, return_tensors="np")["pixel_values"][0] for image in images]
+    def tokenize_image(self, images, *, padding_image=False, sizes=None):
+        """Codes of PIL pictures: a list of int64 arrays [h, w]. Pictures of one size are encoded together.
+
+        `sizes`: (height, width) in pixels of each, in place of what the image processor gives.
+        """
+        sizes = sizes or [None] * len(images)
+        pixels = [
+            self.image_processor(image, size=size)["pixel_values"][0] for image, size in zip(images, sizes, strict=True)
+        ]
         shapes = [p.shape[1:] for p in pixels]
         if len(set(shapes)) == 1 or padding_image:
             height, width = (max(sides) for sides in zip(*shapes, strict=True))

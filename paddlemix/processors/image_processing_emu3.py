@@ -1,12 +1,12 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Pictures to the pixel tensors that the vision tokenizer takes, and back."""
 
+import io
 import json
+import logging
 import math
 import os
-import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +16,15 @@ from paddlemix.models.emu3.hub import fetch
 from paddlemix.utils import BatchFeature, InputError, read_json, write_atomically
 
 CONFIG_NAME = "preprocessor_config.json"
-# What Pillow's readers raise on damaged files: they check little, and fail where the wrong bytes lead them.
-DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    EOFError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
+# Pictures of more pixels than those of which Pillow warns are made smaller while they are read, to no less than KEPT.
+LARGE, KEPT = 2**30 // 12, 2**24
+# Pillow brings these greys and colours to 8 bits, but not the one of them that a PNG names as transparent.
+TO_8_BITS = {
+    "L;2": lambda grey: grey * 85,
+    "L;4": lambda grey: grey * 17,
+    "RGB;16B": lambda rgb: tuple(value >> 8 for value in rgb),
+}
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of a damaged file is printed
 
 
 def smart_resize(height, width, factor=8, min_pixels=512 * 512, max_pixels=1024 * 1024):
@@ -66,8 +60,9 @@ def smart_resize(height, width, factor=8, min_pixels=512 * 512, max_pixels=1024 
 def load_image(path):
     """The picture in a file, wholly read and turned upright; its mode is the file's.
 
-    InputError of one line: the file is missing, is a directory, holds no picture or a damaged one, or one of
-    more pixels than Pillow's limit against decompression bombs.
+    One of more than 89 million pixels comes made smaller by a whole number, in mode RGB or RGBA, so that no copies of
+    all its pixels are in memory. InputError of one line: the file is missing, is a directory, holds no picture or a
+    damaged one, or one of more than twice Pillow's MAX_IMAGE_PIXELS.
     """
     if not os.path.exists(path):
         raise InputError(f"{path}: there is no such file")
@@ -77,17 +72,79 @@ def load_image(path):
         raise InputError(f"{path}: this is a pipe or a device; give the path of a picture's file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # damaged metadata: of no interest here
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _upright(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            warnings.simplefilter("ignore")  # damaged metadata, and many pixels
+            return _read(path)
+    except Image.DecompressionBombError as error:
         reason = f"too large a picture ({error}); scale it down first"
     except UnidentifiedImageError:
         reason = "not a picture that Pillow can read; give a PNG, JPEG or WebP file"
-    except DAMAGE as error:
-        reason = f"cannot be read ({error}); it may be damaged or cut short, give another copy"
+    except Exception as error:  # Pillow's readers check little: each fails where the wrong bytes lead it
+        reason = f"cannot be read ({_words(error)}); it may be damaged or cut short, give another copy"
     raise InputError(" ".join(f"{path}: {reason}".split()))
+
+
+def _words(error):
+    return str(error) or type(error).__name__
+
+
+def _read(path):
+    try:
+        return _read_open(path)
+    except Exception:
+        # A PNG may have a damaged text or profile, or one larger than Pillow takes, and good pixels.
+        without = _png_without_texts(path)
+        if without is None:
+            raise
+    return _read_open(without)
+
+
+def _png_without_texts(path):
+    """An open file of a PNG's chunks but for those of texts and colour profile; None where it has none of them."""
+    with open(path, "rb") as file:
+        is_png = file.read(8) == b"\x89PNG\r\n\x1a\n" and os.path.getsize(path) < 2**30
+        data = file.read() if is_png else b""
+    kept, start = [b"\x89PNG\r\n\x1a\n"], 0
+    while (name := data[start + 4 : start + 8]).isalpha():  # a chunk: its length, its name, as many bytes, a checksum
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if name not in (b"iCCP", b"iTXt", b"tEXt", b"zTXt"):
+            kept.append(data[start:end])
+        start = end
+    return None if sum(map(len, kept)) == 8 + min(start, len(data)) else io.BytesIO(b"".join(kept))
+
+
+def _read_open(file):
+    """A path or an open file -> the upright picture, or whatever Pillow raises."""
+    with Image.open(file) as image:
+        if image.format == "PNG" and image.tile and "transparency" in image.info:
+            to_8_bits = TO_8_BITS.get(image.tile[0][3], lambda same: same)
+            image.info["transparency"] = to_8_bits(image.info["transparency"])
+        if image.width * image.height > LARGE:
+            shrink = _shrink(image)
+            image.draft(None, (image.width // shrink, image.height // shrink))  # JPEG decodes to 1/2, 1/4 or 1/8
+        image.load()
+        if image.width * image.height > LARGE:
+            image = _reduced(image)
+        return _upright(image)
+
+
+def _shrink(image):
+    return math.isqrt(image.width * image.height // KEPT)
+
+
+def _reduced(image):
+    """A large picture in mode RGB or RGBA (I and F keep theirs), each pixel the mean of a square: in bands of rows, so
+    that no other copy of all pixels is made."""
+    shrink = _shrink(image)
+    if image.mode in ("I", "F"):
+        return image.reduce(shrink)
+    mode, convert = ("RGBA", _to_rgba) if _has_alpha(image) else ("RGB", _to_rgb)
+    reduced = Image.new(mode, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+    for top in range(0, reduced.height, 64):
+        bottom = min((top + 64) * shrink, image.height)
+        band = image.crop((0, top * shrink, image.width, bottom))
+        reduced.paste(convert(band).reduce(shrink), (0, top))
+    reduced.info = {name: value for name, value in image.info.items() if name != "transparency"}  # it is in A
+    return reduced
 
 
 def psnr(a, b):
@@ -101,14 +158,20 @@ def _upright(image):
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except DAMAGE:
+    except Exception:  # as above
         return image
 
 
-def _to_pil(image):
-    """One PIL picture or uint8 array [H, W], [H, W, 3] or [3, H, W] -> an upright PIL picture."""
+def to_pil(image):
+    """One PIL picture or uint8 array [H, W], [H, W, 3] or [3, H, W] -> an upright PIL picture.
+
+    InputError: something else, or a PIL picture of a damaged file.
+    """
     if isinstance(image, Image.Image):
-        return _upright(image)
+        try:
+            return _upright(image)
+        except Exception as error:  # a file is read at the first use of its picture
+            raise InputError(f"the picture cannot be read ({_words(error)}): give another copy") from None
     accepted = "give a PIL picture (load_image reads a file) or a uint8 array [H, W], [H, W, 3] or [3, H, W]"
     if not isinstance(image, np.ndarray):
         raise InputError(f"a picture cannot be a {type(image).__name__}: {accepted}")
@@ -119,30 +182,72 @@ def _to_pil(image):
     return Image.fromarray(np.ascontiguousarray(image))
 
 
+def over_white(image):
+    """A PIL picture of any mode -> (the picture in mode RGB, whether any of it was transparent).
+
+    What is transparent is laid over white; the original drops the transparency and shows what is behind it.
+    """
+    if not _has_alpha(image):
+        return _to_rgb(image), False
+    image = _to_rgba(image)
+    alpha = image.getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return image.convert("RGB"), False
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=alpha)
+    return white, True
+
+
+def _has_alpha(image):
+    """Whether a picture has an alpha channel, or names colours that are transparent, as its mode takes them."""
+    transparent = image.info.get("transparency")
+    if image.mode == "P":
+        return isinstance(transparent, (int, bytes))
+    if image.mode == "RGB":
+        return isinstance(transparent, tuple) and len(transparent) == 3
+    if image.mode in ("1", "L", "I") or image.mode.startswith("I;16"):
+        return isinstance(transparent, int)
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+
+
+def _to_rgba(image):
+    """A picture that `_has_alpha` -> mode RGBA."""
+    if image.mode.startswith("I"):  # Pillow knows no transparent grey of more than 8 bits
+        rgba, opaque = _to_rgb(image).convert("RGBA"), np.asarray(image) != image.info["transparency"]
+        rgba.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
+        return rgba
+    if image.mode == "La":  # of which Pillow makes LA alone
+        image = image.convert("LA")
+    return image if image.mode == "RGBA" else image.convert("RGBA")
+
+
+def _to_rgb(image):
+    """A picture without transparency, of any mode -> mode RGB."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _deep_grey_to_l(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def _deep_grey_to_l(image):
     """A grey of more than 8 bits (modes I;16, I and F) -> mode L; Pillow's own conversion clips at 255.
 
     I and F do not say what white is: it is taken for the smallest of 1 (F only), 255 and 65535 that no value
     exceeds.
     """
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0)
+    values = np.asarray(image)
+    highest = np.fmax.reduce(values, axis=None, initial=0)  # which leaves out NaN
     whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
-    white = next((white for white in whites if values.max(initial=0) <= white), None)
+    white = next((white for white in whites if highest <= white), None)
     if white is None:
         raise InputError(
-            f"a picture of mode {image.mode} has the value {values.max():g}, and 0 to 65535 are "
+            f"a picture of mode {image.mode} has the value {highest:g}, and 0 to 65535 are "
             "accepted: convert it to 8 bits first"
         )
-    return Image.fromarray(np.rint(values.clip(0) * (255 / white)).astype(np.uint8))
-
-
-def _to_rgb(image):
-    """A PIL picture of any mode -> mode RGB. Transparency is dropped, not blended, as the original does."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _deep_grey_to_l(image)
-    # Straight to RGB, Pillow warns about a transparent palette and does not know premultiplied grey.
-    stop_over = {"P": "RGBA", "La": "LA"}.get(image.mode, image.mode)
-    return image.convert(stop_over).convert("RGB")
+    grey = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), 64):  # in bands: float64 takes much memory
+        rows = np.nan_to_num(values[top : top + 64].astype(np.float64), nan=0.0)
+        grey[top : top + 64] = np.rint(rows.clip(0) * (255 / white))
+    return Image.fromarray(grey)
 
 
 def _is_number(value):
@@ -178,6 +283,7 @@ SETTINGS = {  # name: (whether a value is good, what is accepted)
     "min_pixels": COUNT,
     "max_pixels": COUNT,
     "spatial_factor": COUNT,
+    "question_max_pixels": (lambda value: value is None or _is_count(value), f"{COUNT[1]}, or null"),
 }
 
 
@@ -185,7 +291,8 @@ class Emu3VisionVQImageProcessor:
     """Pictures <-> pixels: resized to sides that the vision tokenizer takes, values from 0..255 to -1..1.
 
     The arguments are the keys of `preprocessor_config.json`; keys that are not known here are kept and
-    written back. InputError: a value that is not accepted.
+    written back. `question_max_pixels` is the largest picture that the language model was made to answer
+    questions about; None, as in the released checkpoints, is `max_pixels`. InputError: a value that is not accepted.
     """
 
     def __init__(
@@ -202,6 +309,7 @@ class Emu3VisionVQImageProcessor:
         min_pixels=512 * 512,
         max_pixels=1024 * 1024,
         spatial_factor=8,
+        question_max_pixels=None,
         **other_keys,
     ):
         self.do_resize = do_resize
@@ -215,6 +323,7 @@ class Emu3VisionVQImageProcessor:
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
         self.spatial_factor = spatial_factor
+        self.question_max_pixels = question_max_pixels
         self.other_keys = other_keys
         for name, (is_good, accepted) in SETTINGS.items():
             if not is_good(getattr(self, name)):
@@ -249,16 +358,28 @@ class Emu3VisionVQImageProcessor:
         """Writes `preprocessor_config.json` into `directory`, made if need be; whole or not at all."""
         config = {"image_processor_type": type(self).__name__, **self.other_keys}
         config.update({name: getattr(self, name) for name in SETTINGS}, size=self.size)
+        if self.question_max_pixels is None:
+            del config["question_max_pixels"]  # which the original does not know
         path = Path(directory) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    def preprocess(self, images, return_tensors=None):
+    def resized(self, height, width, max_pixels=None):
+        """The (height, width) of a picture's pixels, of at most `max_pixels` where they are fewer than its own.
+
+        InputError: as `smart_resize` raises it.
+        """
+        if not self.do_resize:
+            return height, width
+        most = min(self.max_pixels, max_pixels or self.max_pixels)
+        return smart_resize(height, width, self.spatial_factor, min(self.min_pixels, most), most)
+
+    def preprocess(self, images, return_tensors=None, *, size=None):
         """One picture or a list of them -> `pixel_values`, float32 [B, 3, H, W] in [-1, 1].
 
         A picture is of PIL, of any mode, or a uint8 array [H, W], [H, W, 3] or [3, H, W]. `return_tensors`:
-        "np" or None for a numpy array, "pd" for a Paddle tensor. InputError: no picture, one that
-        `smart_resize` refuses, or pictures that come to different sizes.
+        "np" or None for a numpy array, "pd" for a Paddle tensor. `size`: (height, width) in place of what `resized`
+        gives. InputError: no picture, one that `smart_resize` refuses, or pictures that come to different sizes.
         """
         if return_tensors not in (None, "np", "pd"):
             raise InputError(f'return_tensors cannot be {return_tensors!r}: give "np", "pd" or None')
@@ -266,7 +387,7 @@ class Emu3VisionVQImageProcessor:
             images = [images]
         if not images:
             raise InputError("there is no picture in the list: give at least one")
-        pixels = [self._pixels(image) for image in images]
+        pixels = [self._pixels(image, size) for image in images]
         shapes = sorted({f"{height}x{width}" for _, height, width in (one.shape for one in pixels)})
         if len(shapes) > 1:
             raise InputError(
@@ -282,17 +403,17 @@ class Emu3VisionVQImageProcessor:
 
     __call__ = preprocess
 
-    def _pixels(self, image):
+    def _pixels(self, image, size):
         """One picture -> float32 [3, H, W]."""
-        image = _to_pil(image)
+        image = to_pil(image)
         if self.do_convert_rgb:
-            image = _to_rgb(image)
+            image, transparent = over_white(image)
+            if transparent:
+                logging.getLogger(__name__).warning("a picture's transparency is laid over white")
         elif image.mode != "RGB":
             raise InputError(f"the picture's mode is {image.mode}: with do_convert_rgb off, give RGB")
         if self.do_resize:
-            height, width = smart_resize(
-                image.height, image.width, self.spatial_factor, self.min_pixels, self.max_pixels
-            )
+            height, width = size or self.resized(image.height, image.width)
             image = image.resize((width, height), self.resample)
         pixels = np.asarray(image)  # [H, W, 3]
         if self.do_rescale:  # in float64 and rounded once: the original's numbers to the last bit

@@ -49,8 +49,9 @@ def write_vision(state, directory):
     config = {**VisionTokenizer().config, "torch_dtype": "float16"}
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(in_float16(state), directory / "model.safetensors", {"format": "pt"})
-    # 4:3 pictures of the least area go through unchanged; photographs keep 256 x 256 pixels
-    Emu3VisionVQImageProcessor(min_pixels=56 * 72, max_pixels=256 * 256).save_pretrained(directory)
+    # 4:3 pictures of the least area go through unchanged; photographs keep 256 x 256 pixels, but not in a question
+    sizes = {"min_pixels": 56 * 72, "max_pixels": 256 * 256, "question_max_pixels": 64 * 64}
+    Emu3VisionVQImageProcessor(**sizes).save_pretrained(directory)
 
 
 def write_language(checkpoint, vocabulary, directory):
