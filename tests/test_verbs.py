@@ -51,6 +51,43 @@ def test_nobody_reads_the_help(arguments):
     assert subprocess.run(line, shell=True, capture_output=True, text=True, env=env, check=True).stderr == ""
 
 
+def emu3(line, *flags, **environment):
+    """A command line with its redirections, in a process of its own."""
+    line = f"{sys.executable} {' '.join(flags)} -m paddlemix.commands {line}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(line, shell=True, capture_output=True, text=True, env=env, check=False)
+
+
+@pytest.mark.parametrize("arguments", ["--help", "generate --help", "--version"])
+@pytest.mark.parametrize(("streams", "reason"), [(">&-", "is closed"), (">/dev/full", "No space left")])
+def test_a_result_that_cannot_be_printed(arguments, streams, reason):
+    done = emu3(f"{arguments} {streams}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and reason in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "2>/dev/full", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_an_error_that_cannot_be_printed(streams):
+    assert emu3(f"foo {streams}").returncode == 2
+
+
+@pytest.mark.parametrize(("streams", "code"), [("<&- >&- 2>&-", 0), (">/dev/full 2>/dev/full", 2)])
+def test_a_drawing_does_not_need_its_streams(folder, streams, code):
+    """Whatever libraries print is not in the picture."""
+    done = emu3(f"generate x --model_path=emu3-mini --height=16 --width=16 --preview=p.png --verbose {streams}")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    for name in ("result_0.png", "p.png"):
+        with Image.open(folder / name) as picture:
+            picture.load()
+            assert picture.size == (16, 16)
+
+
+def test_python_without_docstrings(folder):
+    done = emu3("generate '-OO x' --model_path=emu3-mini --height=16 --width=16", "-sOO", PYTHONOPTIMIZE="2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Image.open(folder / "result_0.png").text["prompt"] == "-OO x"
+    assert "native multimodal model" in emu3("--help", PYTHONOPTIMIZE="2").stdout
+
+
 def test_an_unknown_verb(command):
     refused(command("genrate"), "'genrate'", "did you mean generate?")
     refused(command("x"), "the verbs are generate, understand")
