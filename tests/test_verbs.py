@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The command `emu3`: its verbs, on Emu3-Mini, which comes with the package."""
 
+import importlib
 import json
 import math
 import os
@@ -86,6 +87,29 @@ def test_python_without_docstrings(folder):
     assert (done.returncode, done.stderr) == (0, "")
     assert Image.open(folder / "result_0.png").text["prompt"] == "-OO x"
     assert "native multimodal model" in emu3("--help", PYTHONOPTIMIZE="2").stdout
+
+
+@pytest.mark.parametrize(
+    ("chosen", "code", "told"),
+    [("100000", 0, "note: OMP_NUM_THREADS is '100000', this process has "), ("", 0, ""),
+     ("-1", 2, "error: OMP_NUM_THREADS is '-1': give a number of threads from 1 to ")],
+)  # fmt: skip
+def test_numbers_of_threads(chosen, code, told):
+    """Neither OpenMP nor Paddle has a word to say, and none of them aborts."""
+    done = emu3("info --json", OMP_NUM_THREADS=chosen)
+    assert done.returncode == code and done.stderr.startswith(told) and done.stderr.count("\n") == bool(told)
+    if not code:
+        machine = json.loads(done.stdout)["machine"]
+        assert machine["threads"] in (None, machine["cores"])
+
+
+@pytest.mark.parametrize(("name", "accepted"), [("EMU3_OPS", "0, 1"), ("EMU3_OPS_SIMD", "plain, avx2, avx512, best")])
+def test_unknown_settings_of_the_operators(name, accepted, monkeypatch):
+    from paddlemix import external_ops
+
+    monkeypatch.setenv(name, "off")
+    with pytest.raises(ValueError, match=f"^{name} is 'off': accepted are {accepted}, or unset it$"):
+        importlib.reload(external_ops)
 
 
 def test_an_unknown_verb(command):

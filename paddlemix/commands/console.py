@@ -94,7 +94,8 @@ def run(parser, command, arguments=None):
         _settle_texts(args, parser)
         _check_outputs(args)
         _settle_models(args)
-        start_paddle(args.device, quiet=not args.verbose)
+        for text in start_paddle(args.device, quiet=not args.verbose):
+            note(text)
         command(args)
 
 
@@ -109,7 +110,7 @@ def errors_of_one_line(owns_process):
     before, _unprinted = signal.signal(signal.SIGINT, _leave), None
     try:
         yield
-        say("", end="")  # what libraries have printed
+        say("", end="")
         if _unprinted:
             raise InputError(f"all is done, but not all of it could be printed: {_unprinted}")
     except BrokenPipeError:  # nobody reads on: not worth a message
@@ -121,28 +122,30 @@ def errors_of_one_line(owns_process):
     except KeyboardInterrupt as stop:
         sys.exit(_complain(f"\ninterrupted{': ' if stop.args else ''}{stop}", 130))
     finally:
+        for stream in (sys.stdout, sys.stderr):  # what libraries have printed, which Python's exit would fail to
+            _print("", "", stream)
         signal.signal(signal.SIGINT, before)
 
 
 def _keep_docstrings():
-    """Start the process again with -O where it is -OO: PaddleNLP's import adds to docstrings, which -OO takes away."""
+    """Start the process again without -OO: PaddleNLP's import adds to docstrings, which -OO takes away."""
     if sys.flags.optimize > 1:
         own = sys.orig_argv[1 : -len(sys.argv[1:]) or None]
         flags = [flag.replace("O", "") if re.fullmatch("-[a-zA-Z]*O[a-zA-Z]*", flag) else flag for flag in own]
         flags = [flag for flag in flags if flag != "-"]
-        if flags != own or os.environ.get("PYTHONOPTIMIZE") != "1":
-            environment = {**os.environ, "PYTHONOPTIMIZE": "1"}
+        if flags != own or os.environ.get("PYTHONOPTIMIZE"):
+            environment = {**os.environ, "PYTHONOPTIMIZE": ""}
             os.execve(sys.executable, [sys.executable, *flags, *sys.argv[1:]], environment)
 
 
 def _take_closed_streams():
-    """The number of a closed stream would be the next file's, and what libraries print would go into a picture: take it
-    with a file that cannot be written, so that a closed stream remains one."""
+    """The number of a closed stream would be the next file's, and what libraries print would go into a picture: take
+    it. Nothing can be written to stdout then, as before; what goes to stderr is dropped."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDONLY)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)  # gets the lowest number that is free
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", errors="replace"))
 
