@@ -4,6 +4,7 @@
 import logging
 import os
 import re
+import reprlib
 import sys
 import warnings
 from pathlib import Path
@@ -20,24 +21,30 @@ def start_paddle(device=None, quiet=True):
             the device that Paddle is set to where it was imported before.
         quiet: show no notices and warnings of the libraries from now on, either: for a program, not for a library.
 
+    Returns:
+        notes for the user, lines.
+
     Raises:
-        InputError: there is no such device.
+        InputError: there is no such device, or OMP_NUM_THREADS is not a number of threads.
     """
     if quiet:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         os.environ.setdefault("GLOG_minloglevel", "2")
-    threads_are_chosen = "OMP_NUM_THREADS" in os.environ  # Paddle's import sets it to 1
     was_imported = "paddle" in sys.modules
+    threads, notes = (None, []) if was_imported else _asked_threads()
+    threads_are_chosen = "OMP_NUM_THREADS" in os.environ  # Paddle's import sets it to 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import paddle
 
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for the programs that this one starts
     if was_imported and device is None and not quiet:
-        return
+        return notes
     paddle.disable_signal_handler()  # it prints a C++ traceback when the process is asked to end
-    if not threads_are_chosen:
-        set_num_threads(available_cores())
+    if threads or not threads_are_chosen:
+        set_num_threads(threads or available_cores())
     cards = paddle.device.cuda.device_count()
     device = ("gpu" if cards else "cpu") if device is None else str(device)
     number = re.fullmatch(r"gpu(?::(\d+))?", device)
@@ -49,6 +56,29 @@ def start_paddle(device=None, quiet=True):
     paddle.set_device(device)
     if device != "cpu":
         use_full_float32()
+    return notes
+
+
+def _asked_threads():
+    """(threads that OMP_NUM_THREADS asks for or None, notes), before Paddle's import, to which it is made harmless."""
+    text = os.environ.get("OMP_NUM_THREADS")
+    if not (text or "").strip():
+        os.environ.pop("OMP_NUM_THREADS", None)  # OpenMP complains of ""
+        return None, []
+    try:
+        asked = int(text.split(",")[0])  # of a list the first is the outermost level
+    except ValueError:
+        asked = 0
+    cores = available_cores()
+    if asked < 1:
+        raise InputError(
+            f"OMP_NUM_THREADS is {reprlib.repr(text)}: give a number of threads from 1 to {cores}, or unset it"
+        )
+    threads = min(asked, cores)
+    # a list, which OpenMP reads, and of which Paddle does not warn as it does of a number above 1
+    os.environ["OMP_NUM_THREADS"] = f"{threads},1"
+    reason = f"OMP_NUM_THREADS is {reprlib.repr(text)}, this process has {cores} cores: going on with {threads} threads"
+    return threads, [reason] if asked > cores else []
 
 
 def available_memory():

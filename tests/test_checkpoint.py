@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Checkpoints: every form that is read, what is written, and what is refused."""
 
+import http.server
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -434,7 +436,83 @@ def test_a_hub_name_from_the_cache(hub, directory):
 
 
 def test_no_network_and_nothing_cached(hub):
-    refuse("BAAI/Emu3-Gen", "BAAI/Emu3-Gen", "not in the local cache", "HF_ENDPOINT")
+    refuse("BAAI/Emu3-Gen", "BAAI/Emu3-Gen", "not in the local cache", "HF_HUB_OFFLINE is set")
+
+
+@pytest.fixture
+def server(hub, monkeypatch):
+    """A hub on this machine: {revision: {file name: bytes}} of BAAI/Emu3-Gen."""
+    revisions = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            parts = self.path.strip("/").split("/")
+            is_api = parts[0] == "api"
+            files = revisions.get(parts[5 if is_api else 3])
+            status = 200 if files is not None else 503 if "down" in revisions else 404
+            commit = f"{list(revisions).index(parts[5]) + 1:040x}" if is_api and status == 200 else parts[3]
+            if is_api and status == 200:
+                revisions[commit] = files
+                body = json.dumps({"id": "BAAI/Emu3-Gen", "sha": commit, "siblings": [{"rfilename": f} for f in files]})
+                body = body.encode()
+            else:
+                body = files[parts[4]] if files else b""
+            self.send_response(status)
+            error = {"X-Error-Code": "RevisionNotFound"} if status == 404 else {}
+            headers = {"Content-Length": len(body), "ETag": f'"{commit}-{parts[-1]}"', "X-Repo-Commit": commit, **error}
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield revisions
+        server.shutdown()
+
+
+def test_a_revision(server, tmp_path, monkeypatch):
+    for i, revision in enumerate(("main", "v2")):
+        Emu3Config(pad_token_id=i).save_pretrained(tmp_path)
+        server[revision] = {"config.json": (tmp_path / "config.json").read_bytes()}
+    assert Emu3Config.from_pretrained("BAAI/Emu3-Gen").pad_token_id == 0
+    assert Emu3Config.from_pretrained("BAAI/Emu3-Gen@v2").pad_token_id == 1
+    with pytest.raises(ValueError, match="cannot fetch BAAI/Emu3-Gen@v3: the hub has no revision 'v3'"):
+        Emu3Config.from_pretrained("BAAI/Emu3-Gen", revision="v3")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert Emu3Config.from_pretrained("BAAI/Emu3-Gen", revision="v2").pad_token_id == 1  # from the cache
+    with pytest.raises(ValueError, match="it is not in the local cache and HF_HUB_OFFLINE is set"):
+        Emu3Config.from_pretrained("BAAI/Emu3-Gen@v3")
+    with pytest.raises(ValueError, match="no checkpoint at 'emu3-mini@v2'"):
+        Emu3Config.from_pretrained("emu3-mini", revision="v2")
+
+
+@pytest.mark.parametrize("why", ["HF_HUB_OFFLINE is set", "the hub is out of reach: connect", "the hub answered 503"])
+def test_a_cache_that_lacks_files(server, hub, directory, why, monkeypatch):
+    """Their names, and why they are not fetched."""
+    in_shards(directory, golden_weights("language_model"))
+    lacking = ["model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"]
+    for name in lacking:
+        (directory / name).unlink()
+    cache(hub, "BAAI/Emu3-Gen", directory)
+    if "OFFLINE" in why:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    elif "reach" in why:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    else:
+        server["down"] = {}
+    refuse("BAAI/Emu3-Gen", *lacking, "are not in the local cache and " + why)
 
 
 def test_only_the_needed_files_are_asked_for(directory, monkeypatch):

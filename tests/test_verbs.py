@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The command `emu3`: its verbs, on Emu3-Mini, which comes with the package."""
 
+import importlib
 import json
 import math
 import os
@@ -49,6 +50,66 @@ def test_nobody_reads_the_help(arguments):
     line = f"{sys.executable} -m paddlemix.commands {arguments} | true"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     assert subprocess.run(line, shell=True, capture_output=True, text=True, env=env, check=True).stderr == ""
+
+
+def emu3(line, *flags, **environment):
+    """A command line with its redirections, in a process of its own."""
+    line = f"{sys.executable} {' '.join(flags)} -m paddlemix.commands {line}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(line, shell=True, capture_output=True, text=True, env=env, check=False)
+
+
+@pytest.mark.parametrize("arguments", ["--help", "generate --help", "--version"])
+@pytest.mark.parametrize(("streams", "reason"), [(">&-", "is closed"), (">/dev/full", "No space left")])
+def test_a_result_that_cannot_be_printed(arguments, streams, reason):
+    done = emu3(f"{arguments} {streams}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and reason in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "2>/dev/full", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_an_error_that_cannot_be_printed(streams):
+    assert emu3(f"foo {streams}").returncode == 2
+
+
+@pytest.mark.parametrize(("streams", "code"), [("<&- >&- 2>&-", 0), (">/dev/full 2>/dev/full", 2)])
+def test_a_drawing_does_not_need_its_streams(folder, streams, code):
+    """Whatever libraries print is not in the picture."""
+    done = emu3(f"generate x --model_path=emu3-mini --height=16 --width=16 --preview=p.png --verbose {streams}")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    for name in ("result_0.png", "p.png"):
+        with Image.open(folder / name) as picture:
+            picture.load()
+            assert picture.size == (16, 16)
+
+
+def test_python_without_docstrings(folder):
+    done = emu3("generate '-OO x' --model_path=emu3-mini --height=16 --width=16", "-sOO", PYTHONOPTIMIZE="2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Image.open(folder / "result_0.png").text["prompt"] == "-OO x"
+    assert "native multimodal model" in emu3("--help", PYTHONOPTIMIZE="2").stdout
+
+
+@pytest.mark.parametrize(
+    ("chosen", "code", "told"),
+    [("100000", 0, "note: OMP_NUM_THREADS is '100000', this process has "), ("", 0, ""),
+     ("-1", 2, "error: OMP_NUM_THREADS is '-1': give a number of threads from 1 to ")],
+)  # fmt: skip
+def test_numbers_of_threads(chosen, code, told):
+    """Neither OpenMP nor Paddle has a word to say, and none of them aborts."""
+    done = emu3("info --json", OMP_NUM_THREADS=chosen)
+    assert done.returncode == code and done.stderr.startswith(told) and done.stderr.count("\n") == bool(told)
+    if not code:
+        machine = json.loads(done.stdout)["machine"]
+        assert machine["threads"] in (None, machine["cores"])
+
+
+@pytest.mark.parametrize(("name", "accepted"), [("EMU3_OPS", "0, 1"), ("EMU3_OPS_SIMD", "plain, avx2, avx512, best")])
+def test_unknown_settings_of_the_operators(name, accepted, monkeypatch):
+    from paddlemix import external_ops
+
+    monkeypatch.setenv(name, "off")
+    with pytest.raises(ValueError, match=f"^{name} is 'off': accepted are {accepted}, or unset it$"):
+        importlib.reload(external_ops)
 
 
 def test_an_unknown_verb(command):

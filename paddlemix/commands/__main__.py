@@ -7,8 +7,9 @@ from difflib import get_close_matches
 
 from paddlemix import __doc__ as DESCRIPTION
 from paddlemix import __version__
+from paddlemix.utils import InputError
 
-from .console import run, say
+from .console import errors_of_one_line, print_result, run
 
 VERBS = {
     "generate": "text-to-image: draw pictures from prompts",
@@ -21,21 +22,22 @@ EXAMPLE = 'emu3 generate "a large red circle on a white background." --model_pat
 
 
 def main(arguments=None):
-    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if verb in ("-h", "--help", "help"):
-        lines = ["usage: emu3 VERB ...", "", DESCRIPTION, "", *(f"  {name:<12}{what}" for name, what in VERBS.items())]
-        lines += ["", "emu3 VERB --help lists the arguments of a verb. An example:", f"  {EXAMPLE}"]
-        say("\n".join(lines))
-    elif verb == "--version":
-        say(f"emu3 {__version__}")
-    elif verb not in VERBS:
-        near = get_close_matches(verb, VERBS, 1)
-        advice = f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(VERBS)}"
-        print(f"error: emu3 has no verb {verb[:40]!r}: {advice}", file=sys.stderr)
-        sys.exit(2)
-    else:
-        command = importlib.import_module(f"paddlemix.commands.{verb}")
-        run(command.parser(f"emu3 {verb}"), command.main, rest)
+    with errors_of_one_line(arguments is None):
+        verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+        if verb in ("-h", "--help", "help"):
+            verbs = [f"  {name:<12}{what}" for name, what in VERBS.items()]
+            lines = ["usage: emu3 VERB ...", "", DESCRIPTION, "", *verbs, ""]
+            lines += ["emu3 VERB --help lists the arguments of a verb. An example:", f"  {EXAMPLE}"]
+            print_result("\n".join(lines))
+        elif verb == "--version":
+            print_result(f"emu3 {__version__}")
+        elif verb not in VERBS:
+            near = get_close_matches(verb, VERBS, 1)
+            advice = f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(VERBS)}"
+            raise InputError(f"emu3 has no verb {verb[:40]!r}: {advice}")
+        else:
+            command = importlib.import_module(f"paddlemix.commands.{verb}")
+            run(command.parser(f"emu3 {verb}"), command.main, rest)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 """What every command needs of the terminal: parser, lines, progress bar, signals, errors of one line."""
 
 import argparse
+import contextlib
+import errno
 import os
 import re
 import reprlib
@@ -14,6 +16,7 @@ from pathlib import Path
 from paddlemix.machine import start_paddle
 from paddlemix.utils import InputError
 
+READER_IS_GONE = (errno.EPIPE, errno.EBADF)  # of a pipe, or closed from the start: nobody waits for what is printed
 DEVICE_HELP = "cpu, gpu or gpu:N (default: the GPU if Paddle has one)"
 
 
@@ -24,6 +27,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     """Mistakes are an InputError of one line, where argparse prints the usage of all options."""
+
+    def print_help(self, file=None):
+        print_result(self.format_help(), end="")  # argparse drops what it cannot print
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
@@ -81,19 +87,33 @@ def add_texts(parser, option, default, help, by_position):
 
 
 def run(parser, command, arguments=None):
-    """Run a command. A user's mistake is one line on stderr and exit code 2; Ctrl-C exits with 130."""
-    before = signal.signal(signal.SIGINT, _leave)
-    try:
+    """Run a command. `arguments` are those of the process where None."""
+    with errors_of_one_line(arguments is None):
         args = parser.parse_args(arguments)
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
         _settle_texts(args, parser)
         _check_outputs(args)
         _settle_models(args)
-        start_paddle(args.device, quiet=not args.verbose)
+        for text in start_paddle(args.device, quiet=not args.verbose):
+            note(text)
         command(args)
-        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def errors_of_one_line(owns_process):
+    """Around all that a command does. A user's mistake, and a result or a file that cannot be written, is one line on
+    stderr and exit code 2; Ctrl-C exits with 130."""
+    global _unprinted
+    if owns_process:
+        _keep_docstrings()
+    _take_closed_streams()
+    before, _unprinted = signal.signal(signal.SIGINT, _leave), None
+    try:
+        yield
+        say("", end="")
+        if _unprinted:
+            raise InputError(f"all is done, but not all of it could be printed: {_unprinted}")
     except BrokenPipeError:  # nobody reads on: not worth a message
-        _drop_stdout()
         sys.exit(141)
     except (InputError, OSError) as error:
         sys.exit(_complain(f"error: {_cut(' '.join(str(error).split()))}", 2))
@@ -102,7 +122,32 @@ def run(parser, command, arguments=None):
     except KeyboardInterrupt as stop:
         sys.exit(_complain(f"\ninterrupted{': ' if stop.args else ''}{stop}", 130))
     finally:
+        for stream in (sys.stdout, sys.stderr):  # what libraries have printed, which Python's exit would fail to
+            _print("", "", stream)
         signal.signal(signal.SIGINT, before)
+
+
+def _keep_docstrings():
+    """Start the process again without -OO: PaddleNLP's import adds to docstrings, which -OO takes away."""
+    if sys.flags.optimize > 1:
+        own = sys.orig_argv[1 : -len(sys.argv[1:]) or None]
+        flags = [flag.replace("O", "") if re.fullmatch("-[a-zA-Z]*O[a-zA-Z]*", flag) else flag for flag in own]
+        flags = [flag for flag in flags if flag != "-"]
+        if flags != own or os.environ.get("PYTHONOPTIMIZE"):
+            environment = {**os.environ, "PYTHONOPTIMIZE": ""}
+            os.execve(sys.executable, [sys.executable, *flags, *sys.argv[1:]], environment)
+
+
+def _take_closed_streams():
+    """The number of a closed stream would be the next file's, and what libraries print would go into a picture: take
+    it. Nothing can be written to stdout then, as before; what goes to stderr is dropped."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", errors="replace"))
 
 
 def _cut(text, most=700):
@@ -143,24 +188,49 @@ class Loading(Stopwatch):
 
 
 def note(text):
-    _complain(f"note: {text}", 0)
+    to_stderr(f"note: {text}")
+
+
+def to_stderr(text):
+    """Print a line that is not a result; where it cannot be printed nobody reads it."""
+    _print(text, "\n", sys.stderr)
 
 
 def _complain(text, code):
-    print(text, file=sys.stderr, flush=True)
+    to_stderr(text)
     return code
 
 
-def say(text):
-    """Print a line; where nobody reads on, go on without: the pictures matter more."""
+def print_result(text, end="\n"):
+    """Print what was asked for: a command that cannot do so has failed."""
+    error = _print(text, end, sys.stdout)
+    if error:
+        raise error if error.errno == errno.EPIPE else InputError(_reason(error))
+
+
+def say(text, end="\n"):
+    """Print a line about the work. Where that fails the work goes on: the pictures matter more. It is an error when the
+    work is done, but where nobody reads stdout."""
+    global _unprinted
+    error = _print(text, end, sys.stdout)
+    if error and error.errno not in READER_IS_GONE:
+        _unprinted = _reason(error)
+
+
+_unprinted = None  # why a line that `say` was given is lost
+
+
+def _reason(error):
+    return f"stdout {'is closed' if error.errno == errno.EBADF else f'cannot be written ({error.strerror})'}"
+
+
+def _print(text, end, stream):
+    """The OSError where it cannot be done; from then on the stream leads nowhere, also for Python's exit."""
     try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        _drop_stdout()
-
-
-def _drop_stdout():
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(text, end=end, file=stream, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
 
 
 def progress_bar(total, unit, description, initial=0):

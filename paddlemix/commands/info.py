@@ -9,7 +9,7 @@ import paddlemix
 from paddlemix.machine import available_cores, free_memory
 from paddlemix.paddle_private import num_threads
 
-from .console import DEVICE_HELP, bare_parser, say
+from .console import DEVICE_HELP, bare_parser, print_result
 from .needs import parameters, picture_tokens, vision_bytes, weight_bytes
 
 
@@ -26,7 +26,7 @@ def main(args):
     info = {"versions": versions(), "machine": machine()}
     if args.model_path:
         info["checkpoint"] = checkpoint(args, info["machine"])
-    say(json.dumps(info, indent=2) if args.json else "\n".join(lines(info)))
+    print_result(json.dumps(info, indent=2) if args.json else "\n".join(lines(info)))
 
 
 def versions():

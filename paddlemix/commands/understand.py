@@ -1,9 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Image question answering: answer questions about pictures."""
 
-import sys
-
-from .console import Loading, Stopwatch, add_texts, integer, make_parser, note
+from .console import Loading, Stopwatch, add_texts, integer, make_parser, note, print_result, to_stderr
 from .files import load_pictures, write_stats
 from .language_model import add_dtype, add_model_paths, make_pipeline, note_dtype
 
@@ -45,7 +43,7 @@ def main(args):
     with Stopwatch() as watch:
         show(answers, titles if len(titles) > 1 else [""])
     rate = answers.tokens / watch.seconds
-    print(f"{answers.tokens} tokens in {watch.seconds:.1f} s, {rate:.1f} a second", file=sys.stderr)
+    to_stderr(f"{answers.tokens} tokens in {watch.seconds:.1f} s, {rate:.1f} a second")
     write_stats(
         args, tokens=answers.tokens, seconds=watch.seconds, tokens_per_s=rate, forward_passes=answers.forward_passes,
         load_s=load.seconds, encode_s=answers.encode_s,
@@ -68,13 +66,13 @@ def pairs(args):
 def show(answers, titles):
     """Print an Understanding's texts as they come: the first at once, each next one when those before it have ended."""
     row, waiting = 0, [""] * len(titles)
-    print(titles[0], end="", flush=True)
+    print_result(titles[0], end="")
     for texts in answers:
         waiting = [old + new for old, new in zip(waiting, texts, strict=True)]
         while row < len(titles):
-            print(waiting[row], end="", flush=True)
+            print_result(waiting[row], end="")
             waiting[row] = ""
             if not answers.ended[row]:
                 break
             row += 1
-            print("\n" + (titles[row] if row < len(titles) else ""), end="", flush=True)
+            print_result("\n" + (titles[row] if row < len(titles) else ""), end="")

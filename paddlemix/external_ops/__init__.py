@@ -7,8 +7,9 @@ compiled module or, the same, with Paddle. Two kinds need the compiled module, a
 first: those that join the work of others (decoder_step) and those of the vision tokenizer, where oneDNN stands in
 (winograd_conv, spatial_norm).
 
-In the environment, EMU3_OPS=0 leaves the compiled operators out, and EMU3_OPS_SIMD=plain, avx2 or avx512 keeps them
-from better instructions (avx512: from AVX-512 VNNI), for tests.
+In the environment, EMU3_OPS=0 leaves the compiled operators out (1: takes them), and EMU3_OPS_SIMD=plain, avx2 or
+avx512 keeps them from better instructions (avx512: from AVX-512 VNNI; best: from none), for tests. Other values are an
+InputError when this package is imported.
 """
 
 import contextlib
@@ -16,9 +17,12 @@ import ctypes
 import functools
 import logging
 import os
+import reprlib
 from pathlib import Path
 
 import paddle
+
+from paddlemix.utils import InputError
 
 OPERATORS = (
     "fused_rms_norm", "fused_ln", "nearest_codeword", "few_rows_linear", "quantize_weight", "cached_attention",
@@ -26,6 +30,12 @@ OPERATORS = (
 )  # fmt: skip
 VERSION = 2  # of what the operators take, as in info.cc
 VECTORS = ("plain", "AVX2", "AVX-512", "AVX-512 VNNI")  # as simd.h's Level
+
+SETTINGS = {"EMU3_OPS": ("0", "1"), "EMU3_OPS_SIMD": ("plain", "avx2", "avx512", "best")}
+for _name, _values in SETTINGS.items():
+    _given = os.environ.get(_name) or _values[-1]
+    if _given not in _values:
+        raise InputError(f"{_name} is {reprlib.repr(_given)}: accepted are {', '.join(_values)}, or unset it")
 
 _left_out = 0  # times that `without_operators` is entered
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from paddlemix.models.emu3.hub import fetch
+from paddlemix.models.emu3.hub import at_revision, fetch
 from paddlemix.utils import BatchFeature, InputError, read_json, write_atomically
 
 CONFIG_NAME = "preprocessor_config.json"
@@ -337,13 +337,14 @@ class Emu3VisionVQImageProcessor:
         return {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
 
     @classmethod
-    def from_pretrained(cls, name_or_dir, **overrides):
+    def from_pretrained(cls, name_or_dir, *, revision=None, **overrides):
         """The processor of a checkpoint, a directory, a hub name or "emu3-mini".
 
-        `overrides` go before the file's values.
+        `overrides` go before the file's values. `revision` is a hub name's; "NAME@REVISION" is the same.
 
         InputError: no such file, not JSON, or a value or an override's name that is not accepted.
         """
+        name_or_dir = at_revision(name_or_dir, revision)
         path = fetch(name_or_dir, [CONFIG_NAME], part="vision_tokenizer") / CONFIG_NAME
         config = read_json(path)
         unknown = sorted(set(overrides) - set(SETTINGS) - set(config))

@@ -18,7 +18,7 @@ from paddlemix.paddle_private import is_parameter, share, to_array
 from paddlemix.utils import InputError, read_json, replacing
 
 from .configuration_emu3 import CONFIG_NAME, QUANTIZATIONS
-from .hub import MINI, MINI_DIRECTORY, PICKLE_SUFFIXES, fetch, refuse_pickle
+from .hub import MINI, MINI_DIRECTORY, PICKLE_SUFFIXES, at_revision, fetch, refuse_pickle
 from .safetensors_file import DTYPES, SafetensorsFile, write_safetensors
 
 SINGLE_NAME = "model.safetensors"
@@ -79,7 +79,7 @@ class CheckpointMixin:
     repeated = {}
 
     @classmethod
-    def from_pretrained(cls, name_or_path, dtype=None, config=None, progress=True, **overrides):
+    def from_pretrained(cls, name_or_path, dtype=None, config=None, progress=True, revision=None, **overrides):
         """A model with the weights of a checkpoint in the released layout, in eval mode.
 
         Args:
@@ -91,6 +91,7 @@ class CheckpointMixin:
                 quantized what it holds.
             config: a configuration in place of the checkpoint's.
             progress: show a progress bar (on a terminal).
+            revision: of a hub name, a branch, a tag or a commit; "NAME@REVISION" is the same.
             overrides: configuration values in place of the checkpoint's.
 
         Raises:
@@ -99,6 +100,7 @@ class CheckpointMixin:
         import paddle
         from tqdm import tqdm
 
+        name_or_path = at_revision(name_or_path, revision)
         dtype = dtype and dtype_name(dtype)
         if dtype not in (None, *cls.dtypes):
             raise InputError(f"dtype must be one of {', '.join(cls.dtypes)}, got {dtype!r}")

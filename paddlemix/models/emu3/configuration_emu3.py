@@ -11,7 +11,7 @@ from pathlib import Path
 
 from paddlemix.utils import InputError, read_json, write_atomically
 
-from .hub import fetch
+from .hub import at_revision, fetch
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -82,8 +82,12 @@ class _Config:
         self._require(lambda value: 0 <= value < 1, "0 or more and below 1", name)
 
     @classmethod
-    def from_pretrained(cls, name_or_path, **overrides):
-        """Read config.json of a directory, a hub name or "emu3-mini". Overrides win over the file."""
+    def from_pretrained(cls, name_or_path, *, revision=None, **overrides):
+        """Read config.json of a directory, a hub name or "emu3-mini". Overrides win over the file.
+
+        revision: of a hub name, a branch, a tag or a commit; "NAME@REVISION" is the same.
+        """
+        name_or_path = at_revision(name_or_path, revision)
         path = fetch(name_or_path, [CONFIG_NAME], cls.files_beside, cls.part) / CONFIG_NAME
         values = read_json(path)
         if values.get("model_type") in CONVERSIONS:

@@ -17,7 +17,7 @@ import tiktoken
 
 from paddlemix.utils import BatchFeature, InputError, pad_rows, read_bytes, read_json, write_atomically
 
-from .hub import fetch
+from .hub import at_revision, fetch
 
 VOCAB_FILE = "emu3.tiktoken"
 SPECIAL_TOKENS_FILE = "emu3_vision_tokens.txt"
@@ -159,8 +159,12 @@ class Emu3Tokenizer:
                 raise InputError(f"{name}={reprlib.repr(token)} is not a special token of {special_tokens_file}")
 
     @classmethod
-    def from_pretrained(cls, name_or_dir, **overrides):
-        """Read the tokenizer of a directory, a hub name or "emu3-mini". Overrides win over tokenizer_config.json."""
+    def from_pretrained(cls, name_or_dir, *, revision=None, **overrides):
+        """Read the tokenizer of a directory, a hub name or "emu3-mini". Overrides win over tokenizer_config.json.
+
+        revision: of a hub name, a branch, a tag or a commit; "NAME@REVISION" is the same.
+        """
+        name_or_dir = at_revision(name_or_dir, revision)
         directory = fetch(name_or_dir, [VOCAB_FILE, SPECIAL_TOKENS_FILE], [CONFIG_FILE])
         config = read_json(directory / CONFIG_FILE) if os.path.lexists(directory / CONFIG_FILE) else {}
         config.update(vocab_file=directory / VOCAB_FILE, special_tokens_file=directory / SPECIAL_TOKENS_FILE)
