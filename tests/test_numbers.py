@@ -63,7 +63,10 @@ def test_no_number_is_cut_to_a_whole_one(emu3, value):
     refused("codes must be", emu3.processor.decode_image, [[1, value]])
     refused("ids must be whole numbers", emu3.processor.decode, [5, value])
     refused("is not a token id|ids must be", emu3.processor.tokenizer.decode, [5, value])
-    refused("ids must be whole numbers", Batch(emu3.model).join, Answer([5, value], 1, emu3.config))
+    refused("ids must be whole numbers", Answer, [5, value], 1, emu3.config)
+    refused("ids must be whole numbers", Drawing, [value, grammar.img], (2, 2), grammar, None, 1)
+    refused("number must be", Answer, [5], 1, emu3.config, number=value)
+    refused("number must be", Drawing, prompt, (2, 2), grammar, None, 1, number=value)
     if value is not None:
         refused("height and width must be", emu3.generate_steps, "a ring", height=value, width=value)
         refused("window must be", Batch, emu3.model, window=value)

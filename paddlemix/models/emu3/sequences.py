@@ -53,6 +53,7 @@ class Drawing:
         size = tuple(sides.tolist())
         if size[0] * size[1] > MOST_CODES:
             raise InputError(f"a picture of {size[0]} x {size[1]} codes is too large: at most {MOST_CODES} are taken")
+        number = whole_number("number", number, "0 or more, a whole number", 0)
         self.size, self.grammar, self.guidance_scale, self.number = size, grammar, guidance_scale, number
         self.sampling = sampling or Sampling()
         self.head = grammar.first_visual, grammar.first_visual + grammar.codebook_size  # the outputs that it needs
@@ -181,6 +182,7 @@ class Answer:
             raise InputError("give at least one prompt of at least one token")
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, "1 or more, a whole number", 1)
         self.prompts, self.max_new_tokens = [prompt], max_new_tokens
+        number = whole_number("number", number, "0 or more, a whole number", 0)
         self.head, self.end = (0, config.vocab_size), config.eos_token_id
         self.sampling, self.noise = sampling, Noise(sampling, number, config.vocab_size)
         self.ids, self.ended = [], False
@@ -214,10 +216,9 @@ class Answer:
 
 
 def _without_padding(prompt, pad):
-    """A prompt's ids as a list, without the padding of a batch's row. Batch.join checks them."""
-    try:
-        ids = whole_numbers("a prompt's ids", prompt).tolist() if hasattr(prompt, "dtype") else list(prompt or [])
-        own = [i for i, one in enumerate(ids) if one != pad]
-    except TypeError:
-        raise InputError(f"a prompt must be token ids, a list, an array or a tensor, got {shown(prompt)}") from None
-    return ids[own[0] : own[-1] + 1] if own else []
+    """A prompt's ids as a list, without the padding of a batch's row."""
+    ids = whole_numbers("a prompt's ids", [] if prompt is None else prompt)
+    if ids.ndim != 1:
+        raise InputError(f"a prompt must be one row of token ids, got {shown(prompt)}")
+    own = np.flatnonzero(ids != pad)
+    return ids[own[0] : own[-1] + 1].tolist() if own.size else []
