@@ -66,14 +66,14 @@ def whole_number(name, value, accepted, least, most=2**63 - 1):
     return int(array)
 
 
-def real_number(name, value, accepted, least, most):
-    """A number from `least` to `most` as a float. The InputError says that `name` must be `accepted`."""
+def real_number(name, value, accepted, least, most, advice=""):
+    """A number from `least` to `most` as a float. The InputError says that `name` must be `accepted`, and `advice`."""
     try:
         number = float("nan" if isinstance(value, (str, bytes, bool)) else value)
     except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not least <= number <= most:
-        raise InputError(f"{name} must be {accepted}, got {shown(value)}")
+        raise InputError(f"{name} must be {accepted}, got {shown(value)}{advice}")
     return number
 
 

@@ -32,9 +32,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        range_ = f"above 0, from {SMALLEST:g} to {LARGEST:g} (top_k=1 gives greedy decoding)"
+        advice = f"; {SMALLEST:g} to {LARGEST:g} are taken, top_k=1 gives greedy decoding"
+        limits = "above 0 and finite", SMALLEST, LARGEST
         values = {
-            "temperature": real_number("temperature", self.temperature, range_, SMALLEST, LARGEST),
+            "temperature": real_number("temperature", self.temperature, *limits, advice),
             "top_k": whole_number("top_k", self.top_k, "a whole number, 0 (all) or more", 0),
             "top_p": real_number("top_p", self.top_p, f"above 0, from {SMALLEST:g}, and at most 1", SMALLEST, 1),
             "seed": whole_number("seed", self.seed, "a whole number, 0 to 2**63 - 1", 0),
