@@ -28,7 +28,7 @@ PaddleNLP.
 
 
 def add_arguments(parser):
-    parser.add_argument("--dtype", default="float16", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
 
 
 def run(args, page):

@@ -3,7 +3,9 @@
 
 import json
 import os
+import reprlib
 import tempfile
+from numbers import Integral
 from pathlib import Path
 
 
@@ -46,6 +48,61 @@ class BatchFeature(dict):
             return self[name]
         except KeyError:
             raise AttributeError(f"this batch has no {name!r}, only {sorted(self)}") from None
+
+
+def shown(value):
+    """A value in an error message: one line, cut where it is long."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def whole_numbers(name, values, least=-(2**63), most=2**63 - 1):
+    """Whole numbers in any form, a number, lists, a numpy array or a Paddle tensor, as an int64 array of their shape.
+
+    InputError: numbers out of bounds, or anything else. Floats and booleans are not cut to whole numbers.
+    """
+    import numpy as np
+
+    try:
+        array = np.array(_plain(values), dtype=object)  # else numpy finds a common type for numbers of several
+    except ValueError:  # lists of several lengths
+        array = np.array(None)
+    is_whole = all(issubclass(kind, Integral) and kind is not bool for kind in set(map(type, array.flat)))
+    if not is_whole or (array.size and not least <= array.min() <= array.max() <= most):
+        upper = "" if most == 2**63 - 1 else f" to {most}"
+        limits = "" if least == -(2**63) else f" from {least}{upper}"
+        raise InputError(f"{name} must be whole numbers{limits}, got {shown(values)}")
+    return array.astype(np.int64)
+
+
+def _plain(values):
+    """Arrays and tensors of whole numbers, also in lists, as lists of int; others as None."""
+    if isinstance(values, (list, tuple)):
+        return [_plain(v) if hasattr(v, "dtype") or isinstance(v, (list, tuple)) else v for v in values]
+    if hasattr(values, "dtype"):
+        return values.tolist() if "int" in str(values.dtype) else None
+    return values
+
+
+def whole_number(name, value, accepted, least, most=2**63 - 1):
+    """One of them, as an int. The InputError says that `name` must be `accepted`."""
+    try:
+        array = whole_numbers(name, value, least, most)
+    except InputError:
+        array = None
+    if array is None or array.ndim:
+        raise InputError(f"{name} must be {accepted}, got {shown(value)}")
+    return int(array)
+
+
+def real_number(name, value, accepted, least, most, advice=""):
+    """A number from `least` to `most` as a float. The InputError says that `name` must be `accepted`, and `advice`."""
+    try:
+        number = float("nan" if isinstance(value, (str, bytes, bool)) else value)
+    except (TypeError, ValueError, OverflowError):
+        number = float("nan")
+    if not least <= number <= most:
+        raise InputError(f"{name} must be {accepted}, got {shown(value)}{advice}")
+    return number
 
 
 def pad_rows(rows, pad, side="left", length=0):

@@ -3,9 +3,9 @@
 
 import logging
 import os
-import reprlib
 import secrets
 import time
+from dataclasses import asdict
 from functools import cached_property
 from math import gcd, isqrt
 
@@ -26,7 +26,7 @@ from paddlemix.processors.emu3_processing import (
     generate_size,
 )
 from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor
-from paddlemix.utils import InputError, read_json
+from paddlemix.utils import InputError, read_json, whole_number
 
 from .steps import Generation, Reconstruction, Understanding
 
@@ -85,16 +85,11 @@ class Emu3Pipeline:
         path = fetch(self.model_path, [CONFIG_NAME]) / GENERATION_CONFIG
         given = read_json(path) if os.path.lexists(path) else {}
         values = {name: value if given.get(name) is None else given[name] for name, value in DEFAULTS.items()}
-        for name, value in values.items():
-            is_whole = isinstance(DEFAULTS[name], int)
-            if type(value) not in ((int,) if is_whole else (int, float)) or type(value) is int and abs(value) >= 2**63:
-                accepted = "a whole number" if is_whole else "a number"
-                raise InputError(f"{path} must hold {accepted} as {name}, got {reprlib.repr(value)}: mend or remove it")
         try:
-            check_values(**values)
+            checked = check_values(**values)
         except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        return values
+            raise InputError(f"{path}: {error}: mend or remove it") from None
+        return {name: checked[name] for name in DEFAULTS}
 
     @cached_property
     def dtype(self):
@@ -180,7 +175,8 @@ class Emu3Pipeline:
         """
         given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         given = {name: value for name, value in given.items() if value is not None}
-        check_values(**given, seed=0 if seed is None else seed)
+        checked = check_values(**given, seed=0 if seed is None else seed)
+        given, seed = {name: checked[name] for name in given}, None if seed is None else checked["seed"]
         prompts, ratios, area = self._pictures(prompt, ratio, height, width, num_images)
         values = {**self.defaults, **given}
         seed = secrets.randbits(32) if seed is None else seed
@@ -196,12 +192,13 @@ class Emu3Pipeline:
         ratios = [ratio] if isinstance(ratio, str) else list(ratio or [])
         if not prompts or not all(isinstance(text, str) for text in prompts):
             raise InputError("prompt must be a text or a list of texts, at least one")
-        if num_images < 1:
-            raise InputError(f"num_images must be 1 or more, got {num_images}")
+        num_images = whole_number("num_images", num_images, "1 or more, a whole number", 1)
         if len(prompts) * num_images > MOST_PICTURES:
             raise InputError(f"at most {MOST_PICTURES} pictures are drawn together, got {len(prompts) * num_images}")
-        if min(side for side in (height, width, 1) if side is not None) < 1:
-            raise InputError(f"height and width must be positive, got {height} and {width}")
+        height, width = (
+            None if side is None else whole_number("height and width", side, "positive whole numbers", 1)
+            for side in (height, width)
+        )
         for one in ratios:
             generate_size(one, (height or 720) * (width or 720))  # a mistake is told before anything is loaded
         side = None if height and width else isqrt(self.config.image_area)
@@ -250,11 +247,14 @@ class Emu3Pipeline:
         """
         from paddlemix.models.emu3.sampling import GREEDY, Sampling
 
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+        if max_new_tokens is not None:
+            max_new_tokens = whole_number("max_new_tokens", max_new_tokens, "1 or more, a whole number", 1)
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given = {name: value for name, value in given.items() if value is not None}
-        sampling = Sampling(**{"top_k": 0, **given}, seed=seed) if given and temperature != 0 else GREEDY
+        is_greedy = not given or temperature == 0
+        given = {"top_k": 0, **given, **({"temperature": 1.0} if is_greedy else {})}
+        sampling = Sampling(**given, seed=seed)
+        sampling = GREEDY if is_greedy else sampling
         images, questions = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (image, question))
         if not images or not questions or not all(isinstance(text, str) for text in questions):
             raise InputError("give at least one picture, and at least one question, each a text")
@@ -324,8 +324,7 @@ class Emu3Pipeline:
 
 
 def check_values(guidance_scale=1, **sampling):
-    """InputError where a value cannot be."""
+    """The values, as Python's own numbers. InputError where one cannot be."""
     from paddlemix.models.emu3.sampling import Sampling, check_guidance_scale
 
-    check_guidance_scale(guidance_scale)
-    Sampling(**sampling)
+    return {"guidance_scale": check_guidance_scale(guidance_scale), **asdict(Sampling(**sampling))}

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from paddlemix.models.emu3.image_grammar import ImageGrammar
-from paddlemix.utils import BatchFeature, InputError
+from paddlemix.utils import BatchFeature, InputError, real_number, shown, whole_numbers
 
 from .image_processing_emu3 import to_pil
 
@@ -19,6 +19,7 @@ NEGATIVE_PROMPT = (
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
 CHAT_TEMPLATE = "You are a helpful assistant. USER: {image_prompt}{text_prompt}. ASSISTANT:"
+LARGEST_AREA = 1e15  # in pixels: more than any memory holds
 IMAGE_SLOT, TEXT_SLOT = "{image_prompt}", "{text_prompt}"
 
 
@@ -36,8 +37,9 @@ def generate_size(ratio, image_area, factor=8):
     match = re.fullmatch(r"\s*(\d{1,6})\s*:\s*(\d{1,6})\s*", ratio) if isinstance(ratio, str) else None
     width, height = map(int, match.groups()) if match else (0, 0)
     if not width or not height:
-        raise InputError(f"ratio must be width:height, two positive integers such as 1:1 or 16:9, got {ratio!r}")
-    scale = (image_area / (height * width)) ** 0.5 if image_area > 0 else 0
+        raise InputError(f"ratio must be width:height, two positive integers such as 1:1 or 16:9, got {shown(ratio)}")
+    area = real_number("image_area", image_area, "a number of pixels", -LARGEST_AREA, LARGEST_AREA)
+    scale = (area / (height * width)) ** 0.5 if area > 0 else 0
     size = round(height * scale / factor), round(width * scale / factor)
     if 0 in size:
         raise InputError(
@@ -263,15 +265,41 @@ class Emu3Processor:
         import paddle
 
         with paddle.no_grad():
-            pixels = self.vision_tokenizer.decode(paddle.to_tensor(np.asarray(codes, dtype=np.int64)[None]))
+            pixels = self.vision_tokenizer.decode(paddle.to_tensor(whole_numbers("codes", codes)[None]))
         return self.image_processor.postprocess(pixels)["pixel_values"][0]
+
+    def vision_encode(self, pixel_values):
+        """The vision tokenizer's `encode`, without gradients: pixels [B, 3, H, W] in [-1, 1] -> int64 [B, h, w]."""
+        import paddle
+
+        with paddle.no_grad():
+            return self.vision_tokenizer.encode(pixel_values)
+
+    def vision_decode(self, codes):
+        """The vision tokenizer's `decode`, without gradients: integers [B, h, w] -> float pixels [B, 3, H, W]."""
+        import paddle
+
+        with paddle.no_grad():
+            return self.vision_tokenizer.decode(codes)
+
+    def to_imgstr(self, image_tokens):
+        """Codes [h, w] as the text of their visual tokens, rows joined by the text of the row end."""
+        codes = whole_numbers("image_tokens", image_tokens, 0, self.grammar.codebook_size - 1)
+        if codes.ndim != 2:
+            raise InputError(f"image_tokens must be codes [h, w], got {list(codes.shape)}")
+        rows = ("".join(f"<|visual token {code:06d}|>" for code in row) for row in codes.tolist())
+        return self.tokenizer.eol_token.join(rows)
+
+    def calculate_generate_size(self, ratio, image_area, spatial_scale_factor):
+        """Codes (h, w) of the picture of an aspect ratio "width:height" nearest to `image_area` pixels."""
+        return generate_size(ratio, image_area, spatial_scale_factor)
 
     def decode(self, ids, skip_special_tokens=False):
         """Ids to text and pictures: a string or PIL picture where there is one piece, else a list of them.
 
         A BOI ... EOI that does not hold a whole picture stays text. `skip_special_tokens` concerns the text.
         """
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        ids = np.atleast_1d(whole_numbers("ids", ids)).tolist()
         pieces = []
         for kind, piece in self.grammar.split(ids):
             piece = self.decode_image(piece) if kind == "picture" else self.tokenizer.decode(piece, skip_special_tokens)

@@ -72,6 +72,7 @@ class CheckpointMixin:
 
     config_class = None
     dtypes = ("float32", "float16", "bfloat16")
+    cpu_dtypes = ("float32",)  # those of them that this layer computes with on a CPU
     checkpoint_prefix = ""  # of this layer's names in a checkpoint
     # names that a checkpoint may hold, and that are not this layer's, or are another of its weights: which one
     tied_weights = {}
@@ -88,14 +89,15 @@ class CheckpointMixin:
             dtype: "float32", "float16" or "bfloat16": what the weights are cast to while they are read; or, of a
                 language model, "int8" or "int4": what its linear layers are quantized to, while they are read (a
                 float32 embedding becomes bfloat16, the norms stay). None is float32, and for a checkpoint that is
-                quantized what it holds.
+                quantized what it holds. A CPU takes float32, and of a language model bfloat16, "int8" and "int4".
             config: a configuration in place of the checkpoint's.
             progress: show a progress bar (on a terminal).
             revision: of a hub name, a branch, a tag or a commit; "NAME@REVISION" is the same.
             overrides: configuration values in place of the checkpoint's.
 
         Raises:
-            InputError (a ValueError): files missing, truncated, corrupt, or of another model; not enough memory.
+            InputError (a ValueError): files missing, truncated, corrupt, or of another model; not enough memory;
+                a dtype that the device cannot compute with.
         """
         import paddle
         from tqdm import tqdm
@@ -104,6 +106,8 @@ class CheckpointMixin:
         dtype = dtype and dtype_name(dtype)
         if dtype not in (None, *cls.dtypes):
             raise InputError(f"dtype must be one of {', '.join(cls.dtypes)}, got {dtype!r}")
+        if dtype not in (None, *cls.cpu_dtypes) and paddle.get_device() == "cpu":
+            raise InputError(f"a CPU cannot compute with {dtype} weights: take {', '.join(cls.cpu_dtypes)}")
         for name in overrides:
             if not hasattr(cls.config_class, name):
                 raise TypeError(f"{cls.__name__}.from_pretrained() got an unexpected keyword argument {name!r}")

@@ -14,7 +14,7 @@ import paddle
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.few_rows_linear import FEW_ROWS, few_rows
 from paddlemix.machine import with_memory_released
-from paddlemix.utils import InputError
+from paddlemix.utils import InputError, whole_number, whole_numbers
 
 DECODING = ("auto", "step", "jacobi")
 WINDOW = 15  # tokens that a pass of "jacobi" guesses: twice as many save a tenth of the passes more
@@ -42,8 +42,7 @@ class Batch:
     def __init__(self, model, decoding="auto", window=None):
         if decoding not in DECODING:
             raise InputError(f"decoding must be one of {', '.join(DECODING)}, got {decoding!r}")
-        if window is not None and window < 1:
-            raise InputError(f"window must be 1 or more, got {window}")
+        window = None if window is None else whole_number("window", window, "1 or more, a whole number", 1)
         if model.training:
             raise InputError("the model is in training, where dropout would change what is drawn: call model.eval()")
         self.model, self.decoding, self.window = model, decoding, window
@@ -73,9 +72,7 @@ class Batch:
             raise InputError("a sequence joins a batch once: it is there already")
         rows = [row for sequence in sequences for row in sequence.prompts]
         for row in rows:
-            ids, size = np.asarray(row), self.model.config.vocab_size
-            if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= size:
-                raise InputError(f"a prompt's ids must be whole numbers from 0 to {size - 1}, got {ids!r}")
+            whole_numbers("a prompt's ids", row, 0, self.model.config.vocab_size - 1)
         length = max(sequence.length for sequence in sequences) + self.most  # a row may be filled up to another's new
         if self.cache is None:
             self.cache = with_memory_released(self.model.make_cache, len(rows), length)

@@ -6,7 +6,7 @@ Every function here works on token ids; text and PIL pictures are the processor'
 
 from dataclasses import dataclass
 
-from paddlemix.utils import InputError
+from paddlemix.utils import InputError, shown
 
 from .decoding import Batch
 from .sampling import GREEDY
@@ -25,6 +25,7 @@ def make_drawings(
     prompts, sizes, grammar, negative_prompts=None, guidance_scale=3.0, sampling=None, drawn=None
 ):  # fmt: skip
     """A Drawing for each prompt, as `generate_images` takes them; they are numbered one after the other."""
+    prompts = _rows(prompts)
     count = len(prompts)
     negative_prompts = [None] * count if guidance_scale == 1 else negative_prompts
     if not count or count != len(sizes) or negative_prompts is None or len(negative_prompts) != count:
@@ -56,8 +57,9 @@ def generate_images(
 
     Args:
         model: Emu3ForCausalLM.
-        prompts: a list of token ids for each picture, ending with the image token (Emu3Processor, mode "G").
-        sizes: (h, w) in codes for each picture.
+        prompts: token ids for each picture, ending with the image token: `input_ids` of Emu3Processor, mode "G", with
+            any `return_tensors`. Padding at the ends of a row is left out.
+        sizes: (h, w) in codes for each picture: its `image_size`.
         grammar: ImageGrammar.
         negative_prompts: as prompts; what guidance leads away from. Needed unless guidance_scale is 1.
         guidance_scale: 1 is no guidance.
@@ -81,13 +83,15 @@ def generate_text(model, prompts, max_new_tokens=1024, sampling=GREEDY):
 
     Args:
         model: Emu3ForCausalLM.
-        prompts: a list of token ids for each row; rows may differ in length.
+        prompts: token ids for each row; rows may differ in length: `input_ids` of Emu3Processor, mode "U", with any
+            `return_tensors`. Padding at the ends of a row is left out.
         max_new_tokens: an end of sequence stops a row earlier.
         sampling: Sampling; greedy where it is left out. An answer is a function of prompt and (seed, its number).
 
     Yields:
         list of int or None, one a row. The end of sequence itself is not among them.
     """
+    prompts = _rows(prompts)
     if not prompts:
         raise InputError("give at least one prompt of at least one token")
     answers = [Answer(prompt, max_new_tokens, model.config, sampling, i) for i, prompt in enumerate(prompts)]
@@ -97,3 +101,11 @@ def generate_text(model, prompts, max_new_tokens=1024, sampling=GREEDY):
         gained = dict(batch.step())
         if gained:
             yield [answer.ids[-1] if gained.get(answer) else None for answer in answers]
+
+
+def _rows(prompts):
+    """A list of prompts of a list, an array or a tensor."""
+    try:
+        return list(prompts)
+    except TypeError:
+        raise InputError(f"prompts must be rows of token ids, got {shown(prompts)}") from None

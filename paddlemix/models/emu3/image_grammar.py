@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paddlemix.utils import InputError
+from paddlemix.utils import InputError, shown, whole_numbers
 
 VISUAL_TOKEN = "<|visual token "
 FIRST_VISUAL_TOKEN = VISUAL_TOKEN + "000000|>"
@@ -105,9 +105,9 @@ class ImageGrammar:
 
     def encode(self, codes):
         """The ids of a whole picture, BOI to EOI. codes: integer array [h, w] -> list[int]."""
-        codes = np.asarray(codes, dtype=np.int64)
-        if codes.ndim != 2 or 0 in codes.shape or codes.min() < 0 or codes.max() >= self.codebook_size:
-            raise InputError(f"codes must be [h, w] with values 0 to {self.codebook_size - 1}, got {codes!r}")
+        codes = whole_numbers("codes", codes, 0, self.codebook_size - 1)
+        if codes.ndim != 2 or 0 in codes.shape:
+            raise InputError(f"codes must be [h, w] with values 0 to {self.codebook_size - 1}, got {shown(codes)}")
         rows = np.full([codes.shape[0], codes.shape[1] + 1], self.eol)
         rows[:, :-1] = codes + self.first_visual
         return [*self.head(*codes.shape), *rows.ravel().tolist(), self.eof, self.eoi]

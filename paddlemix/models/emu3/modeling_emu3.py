@@ -23,7 +23,7 @@ from .cache import KVCache
 from .checkpoint import CheckpointMixin, dtype_name
 from .configuration_emu3 import QUANTIZATIONS, Emu3Config
 from .linear import Emu3Linear, normal
-from .paddlenlp_generate import PaddleNLPGenerate, generation_config
+from .paddlenlp_generate import PaddleNLPGenerate, generation_config, is_ids, kind_of
 
 
 class Emu3RMSNorm(nn.Layer):
@@ -134,6 +134,7 @@ class Emu3Model(CheckpointMixin, nn.Layer):
     config_class = Emu3Config
     checkpoint_prefix = "model."
     dtypes = (*CheckpointMixin.dtypes, *QUANTIZATIONS)
+    cpu_dtypes = ("float32", "bfloat16", *QUANTIZATIONS)
     tied_weights = {"lm_head.weight": None, "lm_head.weight_scale": None}
     repeated = {"num_hidden_layers": r"model\.layers\.(\d+)\."}
 
@@ -248,8 +249,7 @@ class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
     `generate_text` in generation_emu3.py are the faster way."""
 
     config_class = Emu3Config
-    dtypes = Emu3Model.dtypes
-    repeated = Emu3Model.repeated
+    dtypes, cpu_dtypes, repeated = Emu3Model.dtypes, Emu3Model.cpu_dtypes, Emu3Model.repeated
 
     def __init__(self, config):
         super().__init__()
@@ -307,7 +307,8 @@ class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: as Emu3Model takes them.
-            labels: int64 [batch, new]; position i is predicted from the tokens before it; -100 is left out.
+            labels: int64 [batch, new]; position i is predicted from the tokens before it; -100 is left out. A batch
+                without others has a loss of 0.
             past_key_values: a KVCache with the tokens before these; if it is too small, a larger copy is given back.
             use_cache: give the cache back, a new one where none is given (config.use_cache if None, but not in
                 training).
@@ -320,8 +321,11 @@ class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
         input_shape = _input_shape(input_ids, inputs_embeds)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        if labels is not None and (logits_to_keep or labels.shape != input_shape):
-            raise InputError(f"labels must be {input_shape}, as the tokens, and take the logits of all of them")
+        if labels is not None and (logits_to_keep or not is_ids(labels) or labels.shape != input_shape):
+            raise InputError(
+                f"labels must be int64 {list(input_shape)}, as the tokens, and take the logits of all of them, "
+                f"got {kind_of(labels)}"
+            )
         if past_key_values is not None:
             past_key_values = past_key_values.grown_to(past_key_values.length + input_shape[1])
         elif use_cache:
@@ -339,6 +343,10 @@ def _input_shape(input_ids, inputs_embeds):
     """[batch, new] of the one that is given."""
     if (input_ids is None) == (inputs_embeds is None):
         raise InputError("give input_ids or inputs_embeds, one of the two")
+    if inputs_embeds is None and not is_ids(input_ids):
+        raise InputError(f"input_ids must be a Paddle tensor of int64 or int32, got {kind_of(input_ids)}")
+    if inputs_embeds is not None and not paddle.is_tensor(inputs_embeds):
+        raise InputError(f"inputs_embeds must be a Paddle tensor, got {kind_of(inputs_embeds)}")
     shape = (input_ids if inputs_embeds is None else inputs_embeds).shape
     if len(shape) != (2 if inputs_embeds is None else 3) or 0 in shape:
         raise InputError(f"input_ids must be [batch, new], inputs_embeds [batch, new, hidden_size], got {list(shape)}")
@@ -349,5 +357,7 @@ def _next_token_loss(logits, labels):
     """Mean cross entropy of the labels that are not -100, in float32 of their rows alone."""
     labels = labels[:, 1:].flatten()
     rows = (labels != -100).nonzero().flatten()
+    if not len(rows):
+        return logits[:, :0].astype("float32").sum()  # 0, with a gradient of zeros: no mean of nothing
     logits = logits[:, :-1].flatten(0, 1).index_select(rows).astype("float32")
     return F.cross_entropy(logits, labels.index_select(rows))

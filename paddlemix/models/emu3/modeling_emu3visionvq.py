@@ -22,6 +22,7 @@ from . import vision_engine
 from .checkpoint import CheckpointMixin
 from .configuration_emu3 import Emu3VisionVQConfig
 
+LARGEST_PIXEL = 10.0  # decoded ones are a little beyond [-1, 1]; those of 0 to 255 are far from it
 BAND = 1 << 22  # numbers of a picture that are computed at once where no gradient is wanted
 MOST_WORKSPACE = 500_000_000  # bytes, of bands and of what a convolution takes for itself
 
@@ -418,6 +419,12 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
         self._check_pixels(pixel_values)
         self._require_memory(self.encoder, math.prod(pixel_values.shape[:-3]), math.prod(pixel_values.shape[-2:]))
         pixel_values = pixel_values.astype(self.dtype)
+        low, high = float(pixel_values.min()), float(pixel_values.max())
+        if not -LARGEST_PIXEL <= low <= high <= LARGEST_PIXEL:  # nor NaN
+            raise InputError(
+                f"pixel_values must be in [-1, 1], got {low:g} to {high:g}: Emu3VisionVQImageProcessor makes them of "
+                "pictures, or divide those of 0 to 255 by 127.5 and subtract 1"
+            )
         frames = self.config.temporal_downsample_factor
         if pixel_values.ndim == 4:
             # a picture is four equal frames to the model: encode one, repeat its latent
@@ -439,7 +446,8 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
             int64 tensor: [B, H/8, W/8] of pictures, [B, T/4, H/8, W/8] of video.
 
         Raises:
-            InputError (a ValueError): sides or frames that do not divide, another number of axes or channels.
+            InputError (a ValueError): sides or frames that do not divide, another number of axes or channels, NaN, or
+                numbers far from [-1, 1].
         """
         codes = self.quantize(self.latents(pixel_values))
         return codes.squeeze(1) if pixel_values.ndim == 4 else codes

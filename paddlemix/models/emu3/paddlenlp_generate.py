@@ -17,8 +17,40 @@ def generation_config(config):
     )
 
 
+def is_ids(x):
+    """Whether it is a tensor that an embedding takes."""
+    return paddle.is_tensor(x) and x.dtype in (paddle.int64, paddle.int32)
+
+
+def kind_of(x):
+    """Of what is not a tensor of ids, for a message."""
+    return f"{type(x).__name__} of {x.dtype} {list(x.shape)}" if hasattr(x, "dtype") else type(x).__name__
+
+
 class PaddleNLPGenerate(GenerationMixin):
-    """Its methods are called by `generate` alone. The model gives `config` and `make_cache`."""
+    """But for `generate` its methods are called by `generate` alone. The model gives `config` and `make_cache`."""
+
+    def generate(self, input_ids=None, *args, **options):
+        """PaddleNLP's `generate`, which see.
+
+        Raises:
+            InputError: input_ids are not int64 [batch, length], or padded on the right, where what is generated would
+                follow the padding.
+        """
+        advice = 'take those of Emu3Processor with padding="longest", padding_side="left" and return_tensors="pd"'
+        mask = options.get("attention_mask")
+        if input_ids is not None and not (is_ids(input_ids) and input_ids.ndim == 2 and input_ids.shape[1]):
+            raise InputError(
+                f"generate takes left-padded input_ids, a Paddle tensor int64 [batch, length], got {kind_of(input_ids)}"
+                f": {advice}"
+            )
+        if mask is not None and not paddle.is_tensor(mask):
+            raise InputError(f"generate takes attention_mask as a Paddle tensor, got {kind_of(mask)}: {advice}")
+        if input_ids is not None:
+            is_own = input_ids != self.config.pad_token_id if mask is None else _padding_mask(mask).astype("bool")
+            if not bool(is_own[:, -1].all()):
+                raise InputError(f"generate takes prompts that are padded on the left, not on the right: {advice}")
+        return super().generate(input_ids, *args, **options)
 
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, use_cache=True, **kwargs

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
-from paddlemix.utils import InputError
+from paddlemix.utils import InputError, real_number, whole_number
+
+# Logits are float32: times what is larger, or divided by what is smaller, several become infinite, and so equal.
+LARGEST, SMALLEST = 1e15, 1e-15
 
 
 def check_guidance_scale(guidance_scale):
-    if not math.isfinite(guidance_scale):
-        raise InputError(f"guidance_scale must be a finite number, 1 for no guidance, got {guidance_scale}")
+    """The scale as a float. InputError where it cannot be."""
+    accepted = f"a finite number, 1 for no guidance, 0 or of size {SMALLEST:g} to {LARGEST:g}"
+    scale = real_number("guidance_scale", guidance_scale, accepted, -LARGEST, LARGEST)
+    if 0 < abs(scale) < SMALLEST:
+        raise InputError(f"guidance_scale must be {accepted}, got {scale}")
+    return scale
 
 
 @dataclass(frozen=True)
@@ -25,16 +32,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 < self.temperature < math.inf:
-            raise InputError(
-                f"temperature must be above 0 and finite, got {self.temperature}; top_k=1 gives greedy decoding"
-            )
-        if self.top_k < 0:
-            raise InputError(f"top_k must be 0 (all) or more, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed must be 0 to 2**63 - 1, got {self.seed}")
+        advice = f"; {SMALLEST:g} to {LARGEST:g} are taken, top_k=1 gives greedy decoding"
+        limits = "above 0 and finite", SMALLEST, LARGEST
+        values = {
+            "temperature": real_number("temperature", self.temperature, *limits, advice),
+            "top_k": whole_number("top_k", self.top_k, "a whole number, 0 (all) or more", 0),
+            "top_p": real_number("top_p", self.top_p, f"above 0, from {SMALLEST:g}, and at most 1", SMALLEST, 1),
+            "seed": whole_number("seed", self.seed, "a whole number, 0 to 2**63 - 1", 0),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def noise(self, number, position, size):
         """Gumbel noise float32 [size], a fixed function of (seed, number of the picture or answer, position)."""

@@ -7,7 +7,7 @@ logits, `accept` them.
 
 import numpy as np
 
-from paddlemix.utils import InputError
+from paddlemix.utils import InputError, shown, whole_number, whole_numbers
 
 from .sampling import GREEDY, Noise, Sampling, check_guidance_scale
 
@@ -22,7 +22,8 @@ class Drawing:
     grammar forces takes no pass of its own.
 
     Args:
-        prompt: token ids that end with the image token (Emu3Processor, mode "G").
+        prompt: token ids that end with the image token (Emu3Processor, mode "G"): a list, an array or a tensor.
+            Padding at its ends is left out.
         size: (h, w) in codes.
         grammar: ImageGrammar.
         negative_prompt: as prompt; what guidance leads away from. Needed unless guidance_scale is 1.
@@ -38,18 +39,21 @@ class Drawing:
     def __init__(
         self, prompt, size, grammar, negative_prompt=None, guidance_scale=3.0, sampling=None, number=0, drawn=None
     ):
-        check_guidance_scale(guidance_scale)
-        guided = guidance_scale != 1
-        self.prompts = [prompt, negative_prompt] if guided else [prompt]
+        guidance_scale = check_guidance_scale(guidance_scale)
+        prompts = [prompt] if guidance_scale == 1 else [prompt, negative_prompt]
+        self.prompts = [_without_padding(row, grammar.pad) for row in prompts]
         if not all(row and row[-1] == grammar.img for row in self.prompts):
             raise InputError(
                 "a drawing prompt, and with guidance a negative prompt, must end with the image token: make it with "
                 "Emu3Processor, mode='G'"
             )
-        if min(size) < 1:
-            raise InputError(f"a picture has at least one row and one column of tokens, got {tuple(size)}")
+        sides = whole_numbers("a picture's size in tokens", size)
+        if sides.shape != (2,) or sides.min() < 1:
+            raise InputError(f"a picture has at least one row and one column of tokens, got {shown(size)}")
+        size = tuple(sides.tolist())
         if size[0] * size[1] > MOST_CODES:
             raise InputError(f"a picture of {size[0]} x {size[1]} codes is too large: at most {MOST_CODES} are taken")
+        number = whole_number("number", number, "0 or more, a whole number", 0)
         self.size, self.grammar, self.guidance_scale, self.number = size, grammar, guidance_scale, number
         self.sampling = sampling or Sampling()
         self.head = grammar.first_visual, grammar.first_visual + grammar.codebook_size  # the outputs that it needs
@@ -147,11 +151,10 @@ class Drawing:
 
     def _check_drawn(self, drawn):
         """The number of positions in `drawn`; InputError where they are not this picture's."""
-        drawn, forced, grammar = np.asarray(drawn), self.forced[1:], self.grammar
-        if drawn.dtype.kind != "i" or drawn.ndim != 1 or len(drawn) > len(forced):
+        drawn, forced, grammar = whole_numbers("drawn, int64 [positions],", drawn), self.forced[1:], self.grammar
+        if drawn.ndim != 1 or len(drawn) > len(forced):
             raise InputError(
-                f"drawn must be int64 [positions] of at most {len(forced)} positions, got {drawn.dtype} "
-                f"{list(drawn.shape)}"
+                f"drawn must be int64 [positions] of at most {len(forced)} positions, got {list(drawn.shape)}"
             )
         expected = forced[: len(drawn)]
         is_visual = (grammar.first_visual <= drawn) & (drawn < grammar.first_visual + grammar.codebook_size)
@@ -164,7 +167,7 @@ class Answer:
     """A text that follows a prompt: greedy, or drawn by chance.
 
     Args:
-        prompt: token ids, at least one.
+        prompt: token ids, at least one: a list, an array or a tensor. Padding at its ends is left out.
         max_new_tokens: an end of sequence stops it earlier.
         config: Emu3Config, for the end of sequence and the number of tokens.
         sampling: Sampling; greedy where it is left out.
@@ -174,11 +177,12 @@ class Answer:
     """
 
     def __init__(self, prompt, max_new_tokens, config, sampling=GREEDY, number=0):
+        prompt = _without_padding(prompt, config.pad_token_id)
         if not prompt:
             raise InputError("give at least one prompt of at least one token")
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, "1 or more, a whole number", 1)
         self.prompts, self.max_new_tokens = [prompt], max_new_tokens
+        number = whole_number("number", number, "0 or more, a whole number", 0)
         self.head, self.ends = (0, config.vocab_size), config.eos_token_ids
         self.sampling, self.noise = sampling, Noise(sampling, number, config.vocab_size)
         self.ids, self.ended = [], False
@@ -209,3 +213,12 @@ class Answer:
             self.ids += [] if self.ended else [token]
         self.cached += read  # last: whoever breaks this off may go on
         return int(len(picked) and not self.ended)
+
+
+def _without_padding(prompt, pad):
+    """A prompt's ids as a list, without the padding of a batch's row."""
+    ids = whole_numbers("a prompt's ids", [] if prompt is None else prompt)
+    if ids.ndim != 1:
+        raise InputError(f"a prompt must be one row of token ids, got {shown(prompt)}")
+    own = np.flatnonzero(ids != pad)
+    return ids[own[0] : own[-1] + 1].tolist() if own.size else []

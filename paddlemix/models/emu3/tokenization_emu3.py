@@ -15,7 +15,16 @@ from pathlib import Path
 
 import tiktoken
 
-from paddlemix.utils import BatchFeature, InputError, pad_rows, read_bytes, read_json, write_atomically
+from paddlemix.utils import (
+    BatchFeature,
+    InputError,
+    pad_rows,
+    read_bytes,
+    read_json,
+    shown,
+    whole_numbers,
+    write_atomically,
+)
 
 from .hub import at_revision, fetch
 
@@ -35,6 +44,8 @@ PIECES = (
     r"\s+",
 )
 TEXT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+MOST_MARKS = 256  # combining marks in a row: NFC takes their number squared; Unicode's own limit (UAX #15) is 30
+MARKS_OF_TWO = "\u0f73\u0f75\u0f81"  # they are marks once they are decomposed
 SPECIAL_FORM = re.compile(r"<\|[^<>|]+\|>")  # two of these never overlap, so findall misses none
 
 
@@ -52,6 +63,15 @@ def _check_error_handler(errors):
         raise InputError(
             f"errors={reprlib.repr(errors)} is not what bytes.decode takes: give 'replace', 'ignore' or 'strict'"
         ) from None
+
+
+def _normalized(text):
+    """The text in NFC. InputError where it would take long."""
+    if not text.isascii() and len(text) > MOST_MARKS:
+        is_mark = bytes(unicodedata.combining(c) > 0 or c in MARKS_OF_TWO for c in text)
+        if bytes([1]) * (MOST_MARKS + 1) in is_mark:
+            raise InputError(f"a text has more than {MOST_MARKS} combining marks (accents) in a row: shorten it")
+    return unicodedata.normalize("NFC", text)
 
 
 def _lines(path):
@@ -92,6 +112,10 @@ def _read_specials(path):
             raise InputError(f"{place}: the special token {token} is there already")
         tokens[token] = None
     return list(tokens)
+
+
+def _is_whole(value):
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _role(name):
@@ -210,7 +234,7 @@ class Emu3Tokenizer:
     def convert_ids_to_tokens(self, ids):
         """The token (bytes, or str if special) of one id, a list for several."""
         tokens = [self._tokens[i] for i in self._checked(ids)]
-        return tokens[0] if isinstance(ids, Integral) else tokens
+        return tokens[0] if isinstance(ids, Integral) or getattr(ids, "ndim", 1) == 0 else tokens
 
     def convert_tokens_to_string(self, tokens):
         """The text of a list of tokens, equal to what `decode` gives for their ids."""
@@ -220,10 +244,13 @@ class Emu3Tokenizer:
         """The ids of a text: list[int]. Without `allow_special`, a special token in it is plain text."""
         if not isinstance(text, str):
             raise InputError(f"a text must be a str, got {reprlib.repr(text)}")
-        text = unicodedata.normalize("NFC", text)
+        text = _normalized(text)
         # only those that occur: tiktoken copies the set at each call, 15 ms for all 32,979
         special = {t for t in SPECIAL_FORM.findall(text) if t in self._ids} if allow_special else set()
-        return self._encoding.encode(text, allowed_special=special, disallowed_special=())
+        try:
+            return self._encoding.encode(text, allowed_special=special, disallowed_special=())
+        except ValueError:  # tiktoken's regular expression has its stack for so many
+            raise InputError("a text has too many spaces in a row, nearly a million: shorten them") from None
 
     def tokenize(self, text, allow_special=True):
         """The tokens of a text: list of bytes and, for special ones, str."""
@@ -243,11 +270,11 @@ class Emu3Tokenizer:
 
     def _checked(self, ids):
         """A list of int from any form of a row of ids; InputError where one is not in the vocabulary."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        ids = [ids] if isinstance(ids, Integral) else list(ids)
+        ids = whole_numbers("ids", ids).tolist() if hasattr(ids, "dtype") else ids
+        ids = list(ids) if hasattr(ids, "__iter__") else [ids]
         for i in ids:
-            if not (isinstance(i, Integral) and 0 <= i < len(self)):
-                raise InputError(f"{reprlib.repr(i)} is not a token id: they are integers below {len(self)}")
+            if not (_is_whole(i) and 0 <= i < len(self)):
+                raise InputError(f"{shown(i)} is not a token id: they are integers below {len(self)}")
         return ids
 
     def __call__(
@@ -272,7 +299,7 @@ class Emu3Tokenizer:
         rows = [self.encode(one, allow_special) for one in texts]
         to_limit = padding == "max_length"
         limit = self.model_max_length if max_length is None else max_length
-        if (truncation or to_limit) and not (isinstance(limit, int) and limit > 0):
+        if (truncation or to_limit) and not (_is_whole(limit) and limit > 0):
             raise InputError(f"truncation and padding to a length need a positive max_length, got {limit!r}")
         if max_length is not None and not (truncation or to_limit):
             raise InputError('max_length does nothing without truncation=True or padding="max_length"')

@@ -7,9 +7,10 @@ What each gives depends on its arguments alone, so that one object serves many c
 import paddle
 from paddlenlp.generation import LogitsProcessor, StoppingCriteria
 
-from paddlemix.utils import InputError
+from paddlemix.utils import InputError, whole_numbers
 
 from .image_grammar import ImageGrammar
+from .sampling import check_guidance_scale
 
 
 class Emu3PrefixConstrainedLogitsHelper:
@@ -22,8 +23,7 @@ class Emu3PrefixConstrainedLogitsHelper:
 
     def __init__(self, height, width, img_token, eoi_token, eos_token, eol_token, eof_token, pad_token, visual_tokens):
         self.height, self.width = (
-            paddle.to_tensor(height).flatten().tolist(),
-            paddle.to_tensor(width).flatten().tolist(),
+            whole_numbers(name, sides, 1).ravel().tolist() for name, sides in (("height", height), ("width", width))
         )
         self.visual_tokens = visual_tokens
         self.grammar = ImageGrammar(
@@ -55,7 +55,8 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(self, guidance_scale, model, unconditional_ids, unconditional_attention_mask=None, use_cache=True):
-        self.guidance_scale, self.model, self.use_cache = guidance_scale, model, use_cache
+        self.guidance_scale = check_guidance_scale(guidance_scale)
+        self.model, self.use_cache = model, use_cache
         self.unconditional_ids = unconditional_ids
         if unconditional_attention_mask is None:
             unconditional_attention_mask = (unconditional_ids != model.config.pad_token_id).astype("int64")
