@@ -215,9 +215,15 @@ def test_the_checkpoint_says_what_is_good(emu3, tmp_path):
     path.write_text(json.dumps({"bos_token_id": 1, "top_k": 5}))  # as the released file has it: ids
     other = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini")
     assert other.defaults == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 5, "top_p": 1.0}
-    for text in ("[1]", '{"temperature": "hot"}', '{"top_k": 1e999}', '{"top_k": 7.5}', '{"temperature": true}'):
+    for text, words in (
+        ("[1]", " must hold one JSON object"),
+        ('{"temperature": "hot"}', ": temperature must be above 0"),
+        ('{"temperature": true}', ": temperature must be above 0"),
+        ('{"top_k": 1e999}', ": top_k must be"),
+        ('{"top_k": 7.5}', ": top_k must be .* got 7.5: mend or remove it"),
+    ):
         path.write_text(text)
-        with pytest.raises(ValueError, match="generation_config.json must hold"):
+        with pytest.raises(ValueError, match=f"generation_config.json{words}"):
             _ = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini").defaults
     path.write_text("{")
     with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
