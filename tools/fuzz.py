@@ -31,7 +31,7 @@ def main():
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": "."})
         code = done.returncode
         for part in done.stdout.split("tests/test_fuzz.py::")[1:]:
-            inputs[part.split(":")[0]] += sum(map(int, re.findall(r"(\d+) (?:passing|failing) ", part)))
+            inputs[part.split(":")[0]] += sum(map(int, re.findall(r"(\d+) (?:passing|failing)\b", part)))
         total = sum(inputs.values())
         print(f"seed {seed}: {total} inputs in {time.monotonic() - started:.0f} s", flush=True)
         if code:
