@@ -30,8 +30,8 @@ def main():
         command += [f"--hypothesis-seed={seed}", "--hypothesis-show-statistics", *more]
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": "."})
         code = done.returncode
-        for part in done.stdout.split("tests/test_fuzz.py::")[1:]:
-            inputs[part.split(":")[0]] += sum(map(int, re.findall(r"(\d+) (?:passing|failing)\b", part)))
+        for name, part in re.findall(r"^tests/test_fuzz.py::(\w+):\n\n((?: .*\n|\n)+)", done.stdout, re.MULTILINE):
+            inputs[name] += sum(map(int, re.findall(r"(\d+) (?:passing|failing)\b", part)))
         total = sum(inputs.values())
         print(f"seed {seed}: {total} inputs in {time.monotonic() - started:.0f} s", flush=True)
         if code:

@@ -156,10 +156,12 @@ def psnr(a, b):
 def _upright(image):
     """The picture turned as its EXIF orientation says; damaged EXIF says nothing, and the picture is good."""
     image.load()
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # as above
-        return image
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about the same damage
+        try:
+            return ImageOps.exif_transpose(image)
+        except Exception:  # as above
+            return image
 
 
 def to_pil(image):
