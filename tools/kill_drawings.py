@@ -132,7 +132,7 @@ def main():
                 resumed(folder, dtype, form)
                 expected[dtype, form] = pictures(folder)
     number = 0
-    while done < args.kills:
+    while done < args.kills and failed < 5:
         rng = random.Random(f"{args.seed}/{number}")
         dtype, form = list(expected)[number % len(expected)]
         try:
