@@ -334,3 +334,12 @@ def test_a_long_negative_prompt_gets_the_note_that_a_prompt_gets(emu3):
         [note] = emu3.generate_steps(**how).notes
         assert "64 x 64 pixels take" in note and "the model has 1024 positions" in note
     assert not emu3.generate_steps("x", negative_prompt=long, guidance_scale=1).notes
+
+
+def test_a_text_of_many_pictures_is_tokenized_once(emu3, monkeypatch):
+    tokenizer, texts = emu3.processor.tokenizer, []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, *a, **k: texts.append(text) or encode(text, *a, **k))
+    emu3.generate_steps(["a circle", "a ring"], num_images=50, height=16, width=16)
+    texts = [text for text in texts if "*" not in text]  # sizes
+    assert len(texts) == 3 and texts[0].startswith("a circle")
