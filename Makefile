@@ -110,7 +110,7 @@ lint: venv
 	$(RUN) -m ruff check .
 
 test: lint ops
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 fuzz: ops
 	$(RUN) tools/fuzz.py --seconds $(FUZZ_SECONDS)

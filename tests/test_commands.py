@@ -179,7 +179,7 @@ def test_drawings_in_one_folder_keep_their_own_tokens(tmp_path, capsys):
     from paddlemix.commands.unfinished import Unfinished
 
     def unfinished(prompt, resume=False):
-        return Unfinished(argparse.Namespace(output_dir=str(tmp_path), resume=resume), {"prompt": [prompt]})
+        return Unfinished(argparse.Namespace(output_dir=str(tmp_path), resume=resume), {"prompt": [prompt], "seed": 1})
 
     first, second, gone = unfinished("a"), unfinished("b"), unfinished("c")
     first.save([np.array([1])])

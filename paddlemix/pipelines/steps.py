@@ -9,7 +9,7 @@ from paddlemix.processors.emu3_processing import largest_size
 from paddlemix.processors.image_processing_emu3 import over_white, psnr, to_pil
 from paddlemix.utils import InputError
 
-FARTHEST = 4  # times the model's positions: what is drawn beyond is noise, and takes hours
+FARTHEST = 5  # times the model's positions: what is drawn beyond is noise, and takes hours
 
 
 @dataclass
