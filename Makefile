@@ -27,10 +27,12 @@ MINI := tools/mini
 MINI_PYTHON := .venv-mini/bin/python
 MINI_RUN ?= mini_run
 
-.PHONY: help venv ops demo eval mini bench lint test clean asked-again
+.PHONY: help venv ops demo serve eval mini bench lint test clean asked-again
 
 help:
 	@echo "make demo   generate, understand and autoencode with Emu3-Mini, which comes with the package; into $(OUT)/"
+	@echo "make serve  a service with Emu3-Mini at http://127.0.0.1:8000, a page included; SERVE=--port=8080 is an option of it,"
+	@echo "            SERVE=--help lists them"
 	@echo "make eval   measure Emu3-Mini on scenes that its training left out"
 	@echo "make mini   train Emu3-Mini from scratch with PyTorch, from data to files: hours on a CPU"
 	@echo "make ops    compile the custom operators into .venv (paddlemix/external_ops)"
@@ -88,6 +90,9 @@ demo: venv
 	@$(EMU3) understand "What colour is the triangle?" "Please describe the image" "背景是什么颜色？" \
 		--model_path=emu3-mini --dtype=float32 --image_path=$(SCENE)
 	@$(EMU3) autoencode --model_path=emu3-mini --image_path=$(PICTURE) --output_dir=$(OUT)
+
+serve: venv
+	@$(EMU3) serve --model_path=emu3-mini $(SERVE)
 
 eval: venv
 	$(RUN) $(MINI)/evaluate.py
