@@ -106,12 +106,12 @@ class Batch:
                 else:
                     self.cache = None
 
-    def require_memory(self, sequence):
-        """NotEnoughMemory where a sequence cannot join, not even when all others have left."""
-        config, tokens = self.model.config, self._length(sequence) * len(sequence.prompts)
+    def require_memory(self, tokens):
+        """NotEnoughMemory where a sequence of so many tokens in all its rows cannot join, the others gone or not."""
         dtype = "float32" if self.model.dtype == paddle.float32 else "bfloat16"
         held = self.cache.slots * self.cache.capacity if self.cache else 0
-        require_memory(cache_bytes(config, tokens - held, dtype), f"for the keys and values of {tokens} tokens")
+        size = cache_bytes(self.model.config, tokens - held, dtype)
+        require_memory(size, f"for the keys and values of {tokens} tokens")
 
     def give_up(self):
         """Give up the prompts that are kept, and the cache where no sequence has a slot in it."""
