@@ -11,6 +11,7 @@ PACKAGE = ROOT / "paddlemix"
 # the order of docs/design.md; modules of one line may not import each other, those of one package may
 ORDER = [
     ["paddlemix.utils"],
+    ["paddlemix.results"],
     ["paddlemix.paddle_private"],
     ["paddlemix.machine"],
     ["paddlemix.external_ops"],
@@ -31,6 +32,7 @@ ORDER = [
     ["paddlemix.models.emu3", "paddlemix.models"],
     ["paddlemix.processors"],
     ["paddlemix.pipelines"],
+    ["paddlemix.serving"],
     ["paddlemix.commands"],
     ["paddlemix.examples"],
 ]

@@ -3,8 +3,10 @@
 
 from pathlib import Path
 
+from paddlemix.results import save_picture
+
 from .console import Loading, make_parser, progress_bar, say
-from .files import frame_paths, load_pictures, save_picture, side_by_side, write_stats, wrote
+from .files import frame_paths, load_pictures, side_by_side, write_stats, wrote
 from .language_model import note_vision
 
 DEMO_IMAGE = "paddlemix/demo_images/emu3_demo.png"

@@ -8,10 +8,10 @@ import signal
 import zlib
 from pathlib import Path
 
+from paddlemix.results import claim_paths
 from paddlemix.utils import InputError, write_atomically
 
 from .console import note
-from .files import claim_paths
 
 SUFFIX = ".tokens.npz"
 

@@ -173,7 +173,8 @@ class Answer:
         sampling: Sampling; greedy where it is left out.
         number: of the answer in its request, as a Drawing's.
 
-    `ids` are its tokens up to now, without the end of sequence.
+    `ids` are its tokens up to now, without the end of sequence, `reused` how many of its prompt's tokens the batch had
+    read for another sequence.
     """
 
     def __init__(self, prompt, max_new_tokens, config, sampling=GREEDY, number=0):
@@ -187,6 +188,7 @@ class Answer:
         self.sampling, self.noise = sampling, Noise(sampling, number, config.vocab_size)
         self.ids, self.ended = [], False
         self.cached, self.batch = 0, None  # so many of the prompt's last token and the ids, in this batch's cache
+        self.reused = 0
         self.length = len(prompt) + max_new_tokens - 1
 
     @property
