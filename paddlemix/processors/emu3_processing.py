@@ -219,6 +219,12 @@ class Emu3Processor:
                 row += self.tokenizer.encode(piece.replace(TEXT_SLOT, text), allow_special=False)
         return row
 
+    def chat_ids(self, turns):
+        """Turns [(role, [part, ...])], a part is a text or codes int64 [h, w] -> the ids of the prompt."""
+        [(_, parts)] = turns
+        pictures = [self.grammar.encode(part) for part in parts if not isinstance(part, str)]
+        return self._fill_template("".join(part for part in parts if isinstance(part, str)), sum(pictures, []))
+
     def _batch(self, rows, sizes, padding, padding_side, return_tensors):
         if return_tensors and not padding and len({len(row) for row in rows}) > 1:
             raise InputError('prompts of different lengths make no tensor: pass padding="longest"')
