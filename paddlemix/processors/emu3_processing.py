@@ -64,8 +64,11 @@ def largest_size(ratio, tokens, grammar, factor=8):
     return None
 
 
-def _merged(turns):
-    """Turns as `chat_prompt` takes them -> [(role, texts, pictures)], neighbours of one role as one."""
+def merge_turns(turns):
+    """Turns as `chat_prompt` takes them -> [(role, texts, pictures)], neighbours of one role as one.
+
+    InputError: they are not a conversation.
+    """
     merged = []
     for role, parts in turns:
         texts = [part for part in parts if isinstance(part, str)]
@@ -216,7 +219,7 @@ class Emu3Processor:
 
         InputError: turns that are not a conversation, or codes that are not a picture's.
         """
-        merged = _merged(turns)
+        merged = merge_turns(turns)
         start = match.start() if (match := USER.search(self.chat_template)) else 0
         row, template = [self.tokenizer.bos_token_id], self.chat_template
         for role, texts, pictures in merged:

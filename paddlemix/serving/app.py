@@ -68,7 +68,7 @@ def make_app(engine, *, names, api_key=None, limits=None, cors_origins=(), hosts
             CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )  # fmt: skip
-    for kind in (InputError, Busy, Unavailable, Refused, TooSlow, HTTPException, RequestValidationError, MemoryError):
+    for kind in (InputError, Busy, Refused, TooSlow, HTTPException, RequestValidationError, MemoryError):
         app.add_exception_handler(kind, lambda request, error: failure(error))
 
     @app.get("/v1/models")
@@ -188,8 +188,9 @@ def _failure(error):
         status, (param, message) = 400, _mistake(error.errors())
     elif isinstance(error, InputError):
         status = 400
-    elif isinstance(error, (Busy, Unavailable)):
-        status, kind = (429, "rate_limit_error") if isinstance(error, Busy) else (503, "unavailable_error")
+    elif isinstance(error, Busy):
+        is_busy = not isinstance(error, Unavailable)
+        status, kind = (429, "rate_limit_error") if is_busy else (503, "unavailable_error")
         headers = {"retry-after": str(max(1, math.ceil(error.retry_after or 1)))}
     elif isinstance(error, Refused):
         status, code, headers = error.status, error.code, error.headers

@@ -64,6 +64,11 @@ class Batch:
     def __bool__(self):
         return bool(self.waiting or self.running)
 
+    @property
+    def pass_rows(self):
+        """Rows that one pass takes, each with a token and a row's end."""
+        return self.most // 2
+
     def join(self, *sequences):
         """Let sequences take part from the next step on: those that join together start together.
 
@@ -107,11 +112,14 @@ class Batch:
                     self.cache = None
 
     def require_memory(self, tokens):
-        """NotEnoughMemory where a sequence of so many tokens in all its rows cannot join, the others gone or not."""
+        """InputError where a sequence of so many tokens, in all its rows, cannot join, even when the others left."""
         dtype = "float32" if self.model.dtype == paddle.float32 else "bfloat16"
         held = self.cache.slots * self.cache.capacity if self.cache else 0
         size = cache_bytes(self.model.config, tokens - held, dtype)
-        require_memory(size, f"for the keys and values of {tokens} tokens")
+        try:
+            require_memory(size, f"for the keys and values of {tokens} tokens")
+        except NotEnoughMemory as error:  # to wait would not help
+            raise InputError(str(error)) from None
 
     def give_up(self):
         """Give up the prompts that are kept, and the cache where no sequence has a slot in it."""
