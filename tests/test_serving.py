@@ -53,7 +53,8 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     def post(self, path, body, **headers):
-        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=60)
+        headers["content-type"] = "application/json"
+        return httpx.post(f"{self.url}{path}", content=json.dumps(body), headers=headers, timeout=60)
 
     def raw(self, text):
         """A socket that has sent what is given."""
@@ -296,8 +297,6 @@ def test_the_vision_tokenizer(server, pipeline):
 def test_edits_are_refused_in_words(client):
     with pytest.raises(openai.BadRequestError, match="this model draws from text only"):
         client.images.edit(image=SCENE.read_bytes(), prompt="x")
-    with pytest.raises(openai.BadRequestError, match="this model draws from text only"):
-        client.images.create_variation(image=SCENE.read_bytes())
 
 
 def test_health_and_metrics(server, client):
