@@ -209,7 +209,7 @@ def _failure(error):
 
 def _mistake(errors):
     """(where, what) of the mistake that pydantic found deepest in a body."""
-    worst = max(errors, key=lambda error: len(error["loc"]))
+    worst = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     where = [str(place) for place in worst["loc"] if re.fullmatch(r"\w+", str(place)) and place not in _TAGS]
     where = ".".join(where[1:]) or None
     if worst["type"] == "json_invalid" or where is None:

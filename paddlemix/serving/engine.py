@@ -292,7 +292,8 @@ class Engine:
         if self.output_dir is None:
             return
         try:
-            save_results(*map(list, zip(*((i, self.output_dir, t) for i, t in result.pictures), strict=True)))
+            images, texts = zip(*result.pictures, strict=True)
+            save_results(images, self.output_dir, texts)
         except (InputError, OSError) as error:  # the client has its pictures all the same
             log.warning("request %s: its pictures cannot be written (%s)", job.id, type(error).__name__)
 
