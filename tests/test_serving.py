@@ -557,6 +557,15 @@ def test_a_slow_client_holds_nobody_up(server, engine):
         wait_for(lambda: idle(engine))
 
 
+def test_a_client_that_takes_nothing_is_let_go(engine, serve, monkeypatch):
+    monkeypatch.setattr("paddlemix.serving.replies.encoded", lambda *args: "x" * 20_000_000)
+    server = serve(engine, limits=Limits(send_seconds=0.3))
+    body = json.dumps({"prompt": "x", "size": "16x16", "n": 2, "stream": True})
+    head = f"POST {IMAGES} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with server.raw(head + body):
+        wait_for(lambda: 'endpoint="/v1/images/generations"' in httpx.get(f"{server.url}/metrics").text, 10)
+
+
 def test_a_full_queue(server, engine):
     client, streams = server.client(), []
     try:
