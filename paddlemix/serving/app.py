@@ -116,14 +116,17 @@ def make_app(engine, *, names, api_key=None, limits=None, cors_origins=(), hosts
         usage = schema.chat_usage(result.prompt_tokens, result.tokens, result.cached_tokens)
         return {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
 
-    @app.post("/v1/emu3/encode", response_model=schema.Codes)
+    @app.post("/v1/emu3/encode", response_model=schema.Codes, response_model_exclude_none=True)
     async def encode(body: schema.EncodeRequest, request: Request):
         name = service.name(body.model)
         picture = await service.picture(body.image, request, "image")
         codes = (await (await service.start(Encode(name, picture), request)).result(request)).tolist()
         factor = engine.pipelines[name].vision_tokenizer.spatial_scale_factor
         size = f"{len(codes[0]) * factor}x{len(codes) * factor}"
-        return {"codes": codes, "size": size, "model": name}
+        image = None
+        if body.return_image:
+            image = await run_in_threadpool(_as_encoded, engine.pipelines[name].image_processor, picture)
+        return {"codes": codes, "size": size, "model": name, "b64_json": image}
 
     @app.post("/v1/emu3/decode", response_model=schema.ImageReply, response_model_exclude_none=True)
     async def decode(body: schema.DecodeRequest, request: Request):
@@ -391,6 +394,12 @@ def _encoded(picture, format, text=None):
     options = {"pnginfo": png_info(text or {})} if format == "png" else {"quality": 95}
     picture.save(file, format, **options)
     return base64.b64encode(file.getvalue()).decode()
+
+
+def _as_encoded(image_processor, picture):
+    """The PNG of a picture in the size in which it is encoded, as base64."""
+    [image] = image_processor.postprocess(image_processor(picture)["pixel_values"])["pixel_values"]
+    return _encoded(image, "png")
 
 
 def _pictures(data, picture, format, **more):
