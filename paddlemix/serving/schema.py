@@ -40,7 +40,7 @@ class ImageRequest(Sampled):
     guidance_scale: float | None = None
     response_format: Literal["b64_json"] | None = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
-    partial_images: Annotated[int, Field(ge=0, le=3)] | None = 0
+    partial_images: Annotated[int, Field(ge=0, le=1000)] | None = 0  # OpenAI takes 3; a row is the most that is shown
     user: Characters | None = None
 
     def options(self, most_pixels):
@@ -108,6 +108,7 @@ class ChatRequest(Sampled):
 
 class EncodeRequest(Request):
     image: str  # a data: URL
+    return_image: bool = False  # as it was encoded: its sides are multiples of 8 then
 
 
 class DecodeRequest(Request):
@@ -159,6 +160,7 @@ class Codes(BaseModel):
     codes: list[list[int]]
     size: str
     model: str
+    b64_json: str | None = None
 
 
 def image_usage(prompt_tokens, tokens):
