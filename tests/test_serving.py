@@ -669,7 +669,7 @@ def test_nothing_that_the_schema_allows_is_a_500(engine, serve, monkeypatch):
         for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
             cases = operation.as_strategy(generation_mode=mode)
 
-            @settings(max_examples=12, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+            @settings(max_examples=8, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
                       suppress_health_check=list(HealthCheck))  # fmt: skip
             @given(cases)
             def check(case):

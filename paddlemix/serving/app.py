@@ -20,7 +20,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -85,7 +84,7 @@ def make_app(engine, *, names, api_key=None, limits=None, cors_origins=(), hosts
         if is_stream:
             return stream(image_events(mailbox, body))
         result = await mailbox.result(request)
-        return await run_in_threadpool(image_reply, result, body)
+        return await asyncio.to_thread(image_reply, result, body)
 
     @app.post("/v1/images/edits")
     @app.post("/v1/images/variations")
@@ -121,7 +120,7 @@ def make_app(engine, *, names, api_key=None, limits=None, cors_origins=(), hosts
         size = f"{len(codes[0]) * factor}x{len(codes) * factor}"
         image = None
         if body.return_image:
-            image = await run_in_threadpool(as_encoded, engine.pipelines[name].image_processor, picture)
+            image = await asyncio.to_thread(as_encoded, engine.pipelines[name].image_processor, picture)
         return {"codes": codes, "size": size, "model": name, "b64_json": image}
 
     @app.post("/v1/emu3/decode", response_model=schema.ImageReply, response_model_exclude_none=True)
@@ -133,7 +132,7 @@ def make_app(engine, *, names, api_key=None, limits=None, cors_origins=(), hosts
             raise InputError(f"at most {limits.pixels // 64} codes are decoded here")
         job = Decode(service.name(body.model), body.codes)
         picture = await (await service.start(job, request)).result(request)
-        data = await run_in_threadpool(encoded, picture, body.output_format or "png")
+        data = await asyncio.to_thread(encoded, picture, body.output_format or "png")
         return pictures([data], picture, body.output_format)
 
     @app.get("/health")
@@ -264,7 +263,7 @@ class _Service:
         visit = request.state.visit
         mailbox = Mailbox(job, visit, self.limits.seconds)
         visit.at_end(lambda: self.engine.cancel(job))
-        await run_in_threadpool(self.engine.submit, job)
+        await asyncio.to_thread(self.engine.submit, job)
         return mailbox
 
     async def turns(self, messages, request):
@@ -288,19 +287,20 @@ class _Service:
 
     async def picture(self, url, request, name):
         """The picture of a URL, PIL of mode RGB."""
+        visit = request.state.visit
         if match := re.match(r"data:[^,]{0,100};base64,", url[:120], re.IGNORECASE):
             data = url[match.end() :]
         elif re.match(r"https?://", url[:8], re.IGNORECASE) and self.allow_image_urls:
-            data = await self._fetched(url, name)
+            data = await self._fetched(url, name, visit)
         else:
             taken = "a data: URL of base64" + (", http:// or https://" if self.allow_image_urls else "")
             raise InputError(f"{name}: a picture comes as {taken} here, got {shown(url[:60])}")
         async with self.decoders:
-            picture = await run_in_threadpool(_picture, data, name, self.limits.picture)
-        request.state.visit.hold(3 * picture.width * picture.height)
+            picture = await asyncio.to_thread(_picture, data, name, self.limits.picture)
+        visit.hold(3 * picture.width * picture.height)
         return picture
 
-    async def _fetched(self, url, name):
+    async def _fetched(self, url, name, visit):
         import httpx
 
         async def read():
@@ -315,11 +315,13 @@ class _Service:
                 return data
 
         try:
-            return await asyncio.wait_for(read(), 30)
+            data = await asyncio.wait_for(read(), 30)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, asyncio.TimeoutError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{name}: the picture's URL cannot be read ({type(error).__name__})") from None
+        visit.hold(len(data))
+        return data
 
 
 def _picture(data, name, most_pixels):

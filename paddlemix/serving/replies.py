@@ -10,8 +10,6 @@ import io
 import time
 from pathlib import Path
 
-from starlette.concurrency import run_in_threadpool
-
 from paddlemix.results import png_info
 
 from . import schema
@@ -129,14 +127,14 @@ async def image_events(mailbox, body):
     format = body.output_format or "png"
     async for event in _taken(mailbox, body.emu3_progress):
         if isinstance(event, Partial):
-            data = await run_in_threadpool(encoded, event.image, format)
+            data = await asyncio.to_thread(encoded, event.image, format)
             yield _image_event("partial_image", data, event.image, format, partial_image_index=event.number,
                                index=event.index)  # fmt: skip
         elif isinstance(event, Done):
             result, count = event.result, len(event.result.pictures)
             usage = schema.image_usage(result.prompt_tokens // count, result.tokens // count).model_dump()
             for i, (picture, text) in enumerate(result.pictures):
-                data = await run_in_threadpool(encoded, picture, format, _metadata(text))
+                data = await asyncio.to_thread(encoded, picture, format, _metadata(text))
                 yield _image_event("completed", data, picture, format, usage=usage, index=i, seed=text["seed"])
         else:
             yield event
