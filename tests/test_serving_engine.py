@@ -108,7 +108,7 @@ class Words:
     def alone(self, text, most, **options):
         from paddlemix.pipelines.emu3 import answer_sampling
 
-        answer, batch = Answer(self.chat_prompt([("user", [text])]), most, self.config, answer_sampling(**options)), None
+        answer = Answer(self.chat_prompt([("user", [text])]), most, self.config, answer_sampling(**options))
         batch = Batch(self.language_model)
         batch.join(answer)
         while batch:
