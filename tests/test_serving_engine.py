@@ -320,7 +320,8 @@ def test_what_cannot_be_is_said_at_once(words, engine, emu3):
     assert long.tokens <= 6 and long.prompt_tokens == 250  # what the positions leave
     with pytest.raises(Unavailable, match="is being loaded"):
         Engine({"words": words}).submit(ask("1"))
-    for options, text in [({"ratio": "0:1"}, "ratio"), ({"seed": -1}, "seed"), ({"steps": 1}, "unknown options")]:
+    wrong = [({"ratio": "0:1"}, "ratio"), ({"seed": -1}, "seed"), ({"negative_prompt": 3}, "negative_prompt")]
+    for options, text in [*wrong, ({"steps": 1}, "unknown options")]:
         with pytest.raises(InputError, match=text):
             Draw("one", "x", 1, options).check(emu3)
 

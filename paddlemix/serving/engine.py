@@ -254,7 +254,7 @@ class Engine:
             used += job.rows
             if job not in self._running:
                 self._running.append(job)
-                job.started = time.monotonic()
+                job._start()
         with self._changed:
             self._queue.remove(job)
         return True
@@ -271,6 +271,8 @@ class Engine:
                     batch.step(job.sequences)
                 except Exception as error:
                     self._fail(job, error)
+            if not batch:
+                batch.give_up()
         for job in [job for job in jobs if job in self._running]:
             try:
                 self._counts["tokens_total"] += job._advance(self)
