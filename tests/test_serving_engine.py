@@ -476,7 +476,9 @@ def test_a_restart_finishes_what_was_accepted(emu3, tmp_path, gate, caplog):
     for path, image in zip(names[1:], expected, strict=True):
         with Image.open(tmp_path / path) as written:
             assert same(written, image)
-    assert f"request {left.id}: accepted before" in caplog.text and CIRCLE not in caplog.text
+    for words in ("accepted before the restart", "its pictures are written"):
+        assert f"request {left.id}: {words}" in caplog.text
+    assert CIRCLE not in caplog.text
     assert all(f"request {number * 16}: refused" in caplog.text for number in broken)
 
 

@@ -300,9 +300,12 @@ class Engine:
             save_results(images, self.output_dir, texts)
         except (InputError, OSError) as error:  # the client has its pictures all the same
             log.warning("request %s: its pictures cannot be written (%s)", job.id, type(error).__name__)
+        else:
+            level = logging.WARNING if job.is_recovered else logging.INFO
+            log.log(level, "request %s: its pictures are written", job.id)
 
     def _fail(self, job, error):
-        if not isinstance(error, (InputError, Unavailable)):
+        if job.is_recovered or not isinstance(error, (InputError, Unavailable)):
             self._log_error(f"request {job.id} failed", error)
         self._forget(job)
         job.tell(Failed(error))
@@ -324,7 +327,7 @@ class Engine:
         for number, values in self.records.left() if self.records else ():
             try:
                 job = Draw(values["pipeline"], values["prompt"], values["n"], values["options"])
-                job.id, job.pipeline = number, self.pipelines[job.pipeline_name]
+                job.id, job.pipeline, job.is_recovered = number, self.pipelines[job.pipeline_name], True
                 job.check(job.pipeline)
             except (TypeError, KeyError, AttributeError, InputError):
                 log.warning("request %s: refused, its record is damaged or of a model that is not here", number)

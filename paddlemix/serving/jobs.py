@@ -101,6 +101,7 @@ class Job:
     def __init__(self, pipeline_name):
         self.pipeline_name, self.id = pipeline_name, secrets.token_hex(8)
         self.callback, self.cancelled, self.place = None, False, None
+        self.is_recovered = False  # accepted by an earlier process
         self.pipeline = None
         self.sequences, self.waiting = [], []  # all of them, and those that have not joined yet
         self.tokens, self.started, self.told = 0, 0.0, 0.0
