@@ -96,11 +96,11 @@ class Words:
     def load(self):
         self.model, self.loads = self.language_model, self.loads + 1
 
-    def chat_prompt(self, turns):
-        return [5 + i for _, parts in turns for text in parts for i in map(int, text.split())]
-
     def chat_sizes(self, turns, positions):
         return []
+
+    def chat_prompt(self, turns):
+        return [5 + i for _, parts in turns for text in parts for i in map(int, text.split())]
 
     def decode(self, ids, skip_special_tokens):
         return "".join(f"<{i}>" for i in ids)
@@ -108,8 +108,7 @@ class Words:
     def alone(self, text, most, **options):
         from paddlemix.pipelines.emu3 import answer_sampling
 
-        prompt = self.chat_prompt([("user", [text])])
-        answer = Answer(prompt, most, self.config, answer_sampling(**options))
+        answer = Answer(self.chat_prompt([("user", [text])]), most, self.config, answer_sampling(**options))
         batch = Batch(self.language_model)
         batch.join(answer)
         while batch:
@@ -321,7 +320,8 @@ def test_what_cannot_be_is_said_at_once(words, engine, emu3):
     assert long.tokens <= 6 and long.prompt_tokens == 250  # what the positions leave
     with pytest.raises(Unavailable, match="is being loaded"):
         Engine({"words": words}).submit(ask("1"))
-    for options, text in [({"ratio": "0:1"}, "ratio"), ({"seed": -1}, "seed"), ({"steps": 1}, "unknown options")]:
+    wrong = [({"ratio": "0:1"}, "ratio"), ({"seed": -1}, "seed"), ({"negative_prompt": 3}, "negative_prompt")]
+    for options, text in [*wrong, ({"steps": 1}, "unknown options")]:
         with pytest.raises(InputError, match=text):
             Draw("one", "x", 1, options).check(emu3)
 
@@ -374,10 +374,8 @@ def test_the_thread_survives_everything(words, engine, monkeypatch):
         assert isinstance(Events(engine, ask("1")).error(), ZeroDivisionError)
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "_admit", lambda *_: 1 / 0)
-        one = Events(engine, ask("1"))
-        time.sleep(0.05)
-    assert one.result().text == expected
-
+        assert isinstance(Events(engine, ask("1")).error(), ZeroDivisionError)
+    assert Events(engine, ask("1")).result().text == expected
     deaf = ask("1", 200)
     deaf.listen(lambda event: 1 / 0)
     engine.submit(deaf)
@@ -448,7 +446,7 @@ def test_draining(words, gate):
 
 def test_a_restart_finishes_what_was_accepted(emu3, tmp_path, gate, caplog):
     expected = emu3.generate(CIRCLE, num_images=2, seed=7, **SMALL)
-    engine = started({"one": emu3}, output_dir=tmp_path)
+    engine = started({"one": emu3}, output_dir=tmp_path, max_batch=2)
     done = Events(engine, Draw("one", CIRCLE, 1, SMALL)).result()
     assert [p.name for p in tmp_path.iterdir()] == ["result_0.png"]
     with Image.open(tmp_path / "result_0.png") as image:
@@ -460,7 +458,7 @@ def test_a_restart_finishes_what_was_accepted(emu3, tmp_path, gate, caplog):
     engine.cancel(gone)
     threading.Timer(0.1, gate.set).start()
     engine.drain(0)
-    assert isinstance(events.error(), Unavailable)
+    assert isinstance(events.error(), Unavailable) and events.empty()
     [record] = tmp_path.glob("request_*")
     assert json.loads(record.read_text())["options"]["seed"] == 7 and left.id in record.name
     broken = {"1": "{", "2": "[]", "3": '{"pipeline": "other", "prompt": "x", "n": 1, "options": {}}'}
@@ -476,7 +474,9 @@ def test_a_restart_finishes_what_was_accepted(emu3, tmp_path, gate, caplog):
     for path, image in zip(names[1:], expected, strict=True):
         with Image.open(tmp_path / path) as written:
             assert same(written, image)
-    assert f"request {left.id}: accepted before" in caplog.text and CIRCLE not in caplog.text
+    for words in ("accepted before the restart", "its pictures are written"):
+        assert f"request {left.id}: {words}" in caplog.text
+    assert CIRCLE not in caplog.text
     assert all(f"request {number * 16}: refused" in caplog.text for number in broken)
 
 

@@ -146,21 +146,16 @@ class Engine:
     # --- the engine's thread
 
     def _main(self):
-        import paddle
-
-        set_num_threads(self.threads)
-        paddle.set_device(paddle.get_device())
         try:
-            self._batch(next(iter(self.pipelines.values())))
+            self._begin_thread()
         except Exception as error:
             self._log_error("the model cannot be loaded", error)
             self.reason = one_line(error)
-            with self._changed:
-                self.state = "failed" if self.state == "loading" else self.state
-            return
         with self._changed:
-            self._recover()
-            self.state = "ready" if self.state == "loading" else self.state
+            if self.state == "loading":
+                self.state = "failed" if self.reason else "ready"
+            if self.reason:
+                return
         while True:
             with self._changed:
                 self._changed.notify_all()
@@ -171,10 +166,10 @@ class Engine:
                 self._turn()
             except Exception as error:  # nobody's in particular
                 self._log_error("a pass failed", error)
-                for job in [*self._running]:
-                    self._fail(job, error)
                 self._batches.clear()
-        for job in [*self._running, *self._queue]:
+                for job in [*self._running, *self._queue[:1]]:
+                    self._fail(job, error)
+        for job in dict.fromkeys([*self._running, *self._queue]):
             is_kept = self.records is not None and job.id in self.records.files and not job.cancelled
             if is_kept:
                 log.warning("request %s: left to the next start", job.id)
@@ -183,6 +178,15 @@ class Engine:
         if self.records is not None:
             self.records.release()
         self._batches.clear()
+
+    def _begin_thread(self):
+        import paddle
+
+        set_num_threads(self.threads)
+        paddle.set_device(paddle.get_device())
+        self._batch(next(iter(self.pipelines.values())))
+        with self._changed:
+            self._recover()
 
     def _turn(self):
         for job in [job for job in (*self._running, *self._queue) if job.cancelled]:
@@ -223,7 +227,7 @@ class Engine:
     def _begin(self, job):
         """Let the job's sequences join; whether all of them have."""
         if not job.uses_batch:
-            self._share_vision(job.pipeline)
+            self._load(job.pipeline, lambda: job.pipeline.processor)
             job._prepare(self, None)
             self._finish(job)
             return True
@@ -245,16 +249,16 @@ class Engine:
             if used and used + job.rows > most:
                 return False
             try:
-                batch.join(job.waiting[0])
+                batch.join(job.waiting[0]) if used else self.with_memory(batch.join, job.waiting[0])
             except (NotEnoughMemory, MemoryError):
-                if not used:
+                if not self._running:
                     raise
-                return False
+                return False  # until others have left
             del job.waiting[0]
             used += job.rows
             if job not in self._running:
                 self._running.append(job)
-                job.started = time.monotonic()
+                job._start()
         with self._changed:
             self._queue.remove(job)
         return True
@@ -271,6 +275,8 @@ class Engine:
                     batch.step(job.sequences)
                 except Exception as error:
                     self._fail(job, error)
+            if not batch:
+                batch.give_up()
         for job in [job for job in jobs if job in self._running]:
             try:
                 self._counts["tokens_total"] += job._advance(self)
@@ -298,9 +304,12 @@ class Engine:
             save_results(images, self.output_dir, texts)
         except (InputError, OSError) as error:  # the client has its pictures all the same
             log.warning("request %s: its pictures cannot be written (%s)", job.id, type(error).__name__)
+        else:
+            level = logging.WARNING if job.is_recovered else logging.INFO
+            log.log(level, "request %s: its pictures are written", job.id)
 
     def _fail(self, job, error):
-        if not isinstance(error, (InputError, Unavailable)):
+        if job.is_recovered or not isinstance(error, (InputError, Unavailable)):
             self._log_error(f"request {job.id} failed", error)
         self._forget(job)
         job.tell(Failed(error))
@@ -315,14 +324,17 @@ class Engine:
                 if job in jobs:
                     jobs.remove(job)
         if self.records is not None and not keep_record:
-            self.records.remove(job.id)
+            try:
+                self.records.remove(job.id)
+            except OSError as error:
+                log.warning("request %s: its record stays (%s)", job.id, error.strerror)
 
     def _recover(self):
         """Draw what an earlier process had accepted."""
         for number, values in self.records.left() if self.records else ():
             try:
                 job = Draw(values["pipeline"], values["prompt"], values["n"], values["options"])
-                job.id, job.pipeline = number, self.pipelines[job.pipeline_name]
+                job.id, job.pipeline, job.is_recovered = number, self.pipelines[job.pipeline_name], True
                 job.check(job.pipeline)
             except (TypeError, KeyError, AttributeError, InputError):
                 log.warning("request %s: refused, its record is damaged or of a model that is not here", number)
@@ -338,19 +350,19 @@ class Engine:
         from paddlemix.models.emu3 import Batch
 
         if pipeline not in self._batches:
-            self._share_vision(pipeline)
-            try:
-                self.with_memory(pipeline.load)
-            except InputError as error:
-                raise Unavailable(one_line(error), 60) from None
+            self._load(pipeline, pipeline.load)
             self._batches[pipeline] = Batch(pipeline.model, prefix_tokens=self.prefix_tokens)
         return self._batches[pipeline]
 
-    def _share_vision(self, pipeline):
-        """A vision tokenizer that two pipelines have is in memory once."""
+    def _load(self, pipeline, load):
+        """load(); Unavailable where it cannot be. A vision tokenizer that two pipelines have is in memory once."""
         for other in self.pipelines.values():
             if other.vq_model_path == pipeline.vq_model_path and "vision_tokenizer" in vars(other):
                 pipeline.vision_tokenizer = other.vision_tokenizer
+        try:
+            self.with_memory(load)
+        except InputError as error:
+            raise Unavailable(one_line(error), 60) from None
 
     def with_memory(self, function, *arguments):
         """function(*arguments); where memory is short, once more without what is only kept to save time."""

@@ -101,6 +101,7 @@ class Job:
     def __init__(self, pipeline_name):
         self.pipeline_name, self.id = pipeline_name, secrets.token_hex(8)
         self.callback, self.cancelled, self.place = None, False, None
+        self.is_recovered = False  # accepted by an earlier process
         self.pipeline = None
         self.sequences, self.waiting = [], []  # all of them, and those that have not joined yet
         self.tokens, self.started, self.told = 0, 0.0, 0.0
@@ -122,6 +123,11 @@ class Job:
 
     def _prepare(self, engine, batch):
         """Make the sequences."""
+
+    def _start(self):
+        """Its first sequence has joined."""
+        self.started = time.monotonic()
+        self.tell(Progress(*self._progress(), 0.0))
 
     def _advance(self, engine):
         """After a pass. Returns how many tokens were gained."""
@@ -176,7 +182,7 @@ class Draw(Job):
         self.generation = self.pipeline.generate_steps(self.prompt, num_images=self.n, batch=batch, **self.options)
         self.sequences = list(self.generation.drawings)
         self.rows = len(self.sequences[0].prompts)
-        self.images, self.previews = [None] * self.n, [0] * self.n
+        self.images, self.previews, self.sent = [None] * self.n, [0] * self.n, [0] * self.n
 
     def _progress(self):
         heights = sum(height for height, _ in self.generation.codes)
@@ -204,7 +210,8 @@ class Draw(Job):
             return
         finally:
             self.previews[i] = due
-        self.tell(Partial(i, image, due - 1))
+        self.tell(Partial(i, image, self.sent[i]))
+        self.sent[i] += 1
 
     def _result(self):
         pictures = [(image, self.generation.metadata(i)) for i, image in enumerate(self.images)]

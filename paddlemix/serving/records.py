@@ -3,6 +3,7 @@
 
 import fcntl
 import json
+import os
 import re
 from pathlib import Path
 
@@ -51,7 +52,10 @@ class Records:
             try:
                 file = path.open("r+", encoding="utf-8")
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # another server draws it, or just finished it
+            except OSError:  # another server draws it
+                continue
+            if not os.fstat(file.fileno()).st_nlink:  # and has finished it by now
+                file.close()
                 continue
             self.files[number] = file
             try:

@@ -63,6 +63,7 @@ class Drawing:
         self.ids = np.where(self.forced < 0, grammar.first_visual, self.forced)
         self.known = 1  # so many ids are drawn or forced, those behind them are guesses
         self.cached, self.batch = 0, None  # so many ids are in the cache of this batch for good
+        self.reused = 0
         if drawn is not None:
             self.known += self._check_drawn(drawn)
             self.ids[1 : self.known] = drawn
