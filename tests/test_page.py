@@ -209,7 +209,7 @@ def test_a_picture_that_was_drawn_goes_into_a_question_and_into_codes(visit):
 def test_codes_and_the_reconstruction(visit):
     page = visit("/#codes")
     with Image.open(PHOTO) as photo:
-        photo.convert("RGB").resize((96, 64)).save(file := io.BytesIO(), "png")
+        photo.convert("RGB").resize((97, 65)).save(file := io.BytesIO(), "png")
     page.evaluate("""(data) => {
         const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0)), transfer = new DataTransfer();
         transfer.items.add(new File([bytes], "photo.png", { type: "image/png" }));
@@ -217,7 +217,8 @@ def test_codes_and_the_reconstruction(visit):
     }""", base64.b64encode(file.getvalue()).decode())
     page.wait_for_selector("#psnr:not(:empty)")
     original, image = picture(page, "#codes-original"), picture(page, "#codes-image")
-    assert image.size == original.size
+    assert image.size == original.size == (96, 64)
+    assert page.inner_text("#original-text") == "Picture, 96 x 64 pixels · scaled from 97 x 65"
     assert page.inner_text("#psnr") == f"PSNR {psnr(original.convert('RGB'), image.convert('RGB')):.2f} dB"
     codes = [line.split() for line in page.text_content("#codes-text").splitlines()]
     assert (len(codes[0]) * 8, len(codes) * 8) == image.size
