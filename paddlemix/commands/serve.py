@@ -17,7 +17,7 @@ from .console import DEVICE_HELP, bare_parser, integer, note, number, say, to_st
 from .language_model import add_dtype, note_dtype
 
 KEY = "EMU3_API_KEY"
-LEAST = {"max_batch": 2, "max_queue": 1, "max_pixels": 64, "max_tokens": 1, "max_body": 0.001, "max_seconds": 1,
+LEAST = {"max_batch": 1, "max_queue": 1, "max_pixels": 64, "max_tokens": 1, "max_body": 0.001, "max_seconds": 1,
          "drain_seconds": 0}  # fmt: skip
 
 
@@ -163,14 +163,22 @@ def _log(verbose):
     logging.disable(logging.NOTSET)
 
 
-async def _serve(app, engine, listener, drain_seconds):
+def make_server(app):
+    """The uvicorn.Server of an application; signals are the caller's."""
     import uvicorn
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
-        def capture_signals(self):  # they are handled below
+        def capture_signals(self):
             yield
 
+    return Server(uvicorn.Config(
+        app, log_config=None, access_log=False, http="h11", ws="none", lifespan="off", server_header=False,
+        proxy_headers=False, timeout_keep_alive=30, timeout_graceful_shutdown=5, h11_max_incomplete_event_size=32768,
+    ))  # fmt: skip
+
+
+async def _serve(app, engine, listener, drain_seconds):
     ends, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def end(which):
@@ -179,16 +187,17 @@ async def _serve(app, engine, listener, drain_seconds):
             os._exit(128 + which)  # whatever its threads do
         ends.set()
 
-    for which in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(which, end, which)
-    server = Server(uvicorn.Config(
-        app, log_config=None, access_log=False, http="h11", ws="none", lifespan="off", server_header=False,
-        proxy_headers=False, timeout_keep_alive=30, timeout_graceful_shutdown=5, h11_max_incomplete_event_size=32768,
-    ))  # fmt: skip
+    def listen_to_signals():
+        for which in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(which, end, which)
+
+    listen_to_signals()
+    server = make_server(app)
     engine.start()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while engine.state == "loading":
         await asyncio.sleep(0.05)
+    listen_to_signals()  # once more: PaddleNLP's import, which loading does, takes SIGTERM away
     if engine.state != "failed":
         host, port = listener.getsockname()[:2]
         say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")

@@ -1,15 +1,13 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The HTTP side of the service: OpenAI's endpoints, Emu3's own, and a page, over an Engine.
 
-A request becomes a job of the engine. What the engine's thread says of it is put into a mailbox of the event loop, in
-which a newer preview takes the place of one that was not taken: so a slow client holds nobody up.
+guard.py stands before the endpoints, which make a job of the engine of each request; replies.py makes the reply of what
+the engine says of it.
 """
 
 import asyncio
 import base64
-import contextlib
 import hashlib
-import io
 import json
 import logging
 import math
@@ -27,18 +25,16 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from paddlemix.processors.image_processing_emu3 import over_white, picture_of_bytes
-from paddlemix.results import png_info
 from paddlemix.utils import InputError, shown
 
 from . import schema
 from .engine import Busy, Unavailable
-from .guard import ClientLeft, Guard, Limits, Refused, TooSlow, where_it_failed
-from .jobs import Chat, Decode, Done, Draw, Encode, Failed, Partial, Progress, Queued, Text
+from .guard import Guard, Limits, Refused, TooSlow, where_it_failed
+from .jobs import Chat, Decode, Draw, Encode
 from .metrics import Metrics
+from .replies import Mailbox, as_encoded, chat_events, encoded, image_events, image_reply, pictures
 
 PAGE = Path(__file__).parent / "page" / "index.html"
-KEEP_ALIVE = 15  # seconds between signs of life in a stream, for the proxies between
-PROGRESS_EVERY = 0.2
 DECODERS = 2  # pictures of requests that are decoded at the same time
 log = logging.getLogger(__name__)
 
@@ -87,9 +83,9 @@ def make_app(engine, *, names, api_key=None, limits=None, cors_origins=(), hosts
         job = Draw(name, body.prompt, body.n or 1, options, partial_images=(body.partial_images or 0) * is_stream)
         mailbox = await service.start(job, request)
         if is_stream:
-            return stream(_image_events(mailbox, body, service))
+            return stream(image_events(mailbox, body))
         result = await mailbox.result(request)
-        return await run_in_threadpool(_image_reply, result, body, service)
+        return await run_in_threadpool(image_reply, result, body)
 
     @app.post("/v1/images/edits")
     @app.post("/v1/images/variations")
@@ -109,7 +105,7 @@ def make_app(engine, *, names, api_key=None, limits=None, cors_origins=(), hosts
         mailbox = await service.start(job, request)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
         if body.stream:
-            return stream(_chat_events(mailbox, body, head))
+            return stream(chat_events(mailbox, body, head))
         result = await mailbox.result(request)
         message = {"role": "assistant", "content": result.text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": result.finish_reason, "logprobs": None}
@@ -125,7 +121,7 @@ def make_app(engine, *, names, api_key=None, limits=None, cors_origins=(), hosts
         size = f"{len(codes[0]) * factor}x{len(codes) * factor}"
         image = None
         if body.return_image:
-            image = await run_in_threadpool(_as_encoded, engine.pipelines[name].image_processor, picture)
+            image = await run_in_threadpool(as_encoded, engine.pipelines[name].image_processor, picture)
         return {"codes": codes, "size": size, "model": name, "b64_json": image}
 
     @app.post("/v1/emu3/decode", response_model=schema.ImageReply, response_model_exclude_none=True)
@@ -137,8 +133,8 @@ def make_app(engine, *, names, api_key=None, limits=None, cors_origins=(), hosts
             raise InputError(f"at most {limits.pixels // 64} codes are decoded here")
         job = Decode(service.name(body.model), body.codes)
         picture = await (await service.start(job, request)).result(request)
-        data = await run_in_threadpool(_encoded, picture, body.output_format or "png")
-        return _pictures([data], picture, body.output_format)
+        data = await run_in_threadpool(encoded, picture, body.output_format or "png")
+        return pictures([data], picture, body.output_format)
 
     @app.get("/health")
     async def health():
@@ -212,7 +208,7 @@ def _failure(error):
 
 def _mistake(errors):
     """(where, what) of the mistake that pydantic found deepest in a body."""
-    worst = max(errors, key=lambda error: len(error["loc"]))
+    worst = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     where = [str(place) for place in worst["loc"] if re.fullmatch(r"\w+", str(place)) and place not in _TAGS]
     where = ".".join(where[1:]) or None
     if worst["type"] == "json_invalid" or where is None:
@@ -233,51 +229,6 @@ def _http_words(error):
 
 
 # --- jobs
-
-
-class Mailbox:
-    """What an engine says of a job, for the event loop: of each kind the newest that was not taken, texts as one."""
-
-    def __init__(self, job, visit, seconds):
-        self.loop, self.ready, self.events, self.visit = asyncio.get_running_loop(), asyncio.Event(), {}, visit
-        self.seconds, self.deadline = seconds, time.monotonic() + seconds
-        job.listen(self._hear)
-
-    def _hear(self, event):  # in the engine's thread
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            self.loop.call_soon_threadsafe(self._put, event)
-
-    def _put(self, event):
-        key = type(event), getattr(event, "index", None)
-        before = self.events.get(key)
-        if isinstance(event, Text) and before:
-            event = Text(before.text + event.text)
-        if isinstance(event, (Text, Partial)) or (isinstance(event, Progress) and event.tokens):
-            self.visit.first_token()
-        self.events[key] = event
-        self.ready.set()
-
-    async def take(self, seconds):
-        """The events since the last time, after at most so long. Raises what the job has failed with."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.ready.wait(), seconds)
-        if time.monotonic() > self.deadline:
-            raise TooSlow(f"the request took longer than {self.seconds:g} seconds, this server's limit")
-        events, self.events = list(self.events.values()), {}
-        self.ready.clear()
-        for event in events:
-            if isinstance(event, Failed):
-                raise event.error
-        return events
-
-    async def result(self, request):
-        """What the job gives, for a reply in one piece."""
-        while True:
-            for event in await self.take(0.25):
-                if isinstance(event, Done):
-                    return event.result
-            if await request.is_disconnected():
-                raise ClientLeft
 
 
 class _Service:
@@ -312,8 +263,8 @@ class _Service:
         """Give the engine a job, which is cancelled when the request ends, however it ends."""
         visit = request.state.visit
         mailbox = Mailbox(job, visit, self.limits.seconds)
-        await run_in_threadpool(self.engine.submit, job)
         visit.at_end(lambda: self.engine.cancel(job))
+        await run_in_threadpool(self.engine.submit, job)
         return mailbox
 
     async def turns(self, messages, request):
@@ -370,10 +321,6 @@ class _Service:
                 raise
             raise InputError(f"{name}: the picture's URL cannot be read ({type(error).__name__})") from None
 
-    def metadata(self, text):
-        """What belongs into a picture's file; a folder of this machine is its last name."""
-        return {k: Path(v).name if k.endswith("_path") and Path(str(v)).exists() else v for k, v in text.items()}
-
 
 def _picture(data, name, most_pixels):
     """Bytes, or their base64 -> a PIL picture of mode RGB"""
@@ -385,34 +332,7 @@ def _picture(data, name, most_pixels):
     return over_white(picture_of_bytes(data, name, most_pixels))[0]
 
 
-# --- replies
-
-
-def _encoded(picture, format, text=None):
-    """A PIL picture as base64 of a file; a PNG holds `text` in its metadata."""
-    file = io.BytesIO()
-    options = {"pnginfo": png_info(text or {})} if format == "png" else {"quality": 95}
-    picture.save(file, format, **options)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def _as_encoded(image_processor, picture):
-    """The PNG of a picture in the size in which it is encoded, as base64."""
-    [image] = image_processor.postprocess(image_processor(picture)["pixel_values"])["pixel_values"]
-    return _encoded(image, "png")
-
-
-def _pictures(data, picture, format, **more):
-    size = f"{picture.width}x{picture.height}"
-    data = [{"b64_json": one} for one in data]
-    return {"created": int(time.time()), "data": data, "size": size, "output_format": format or "png", **more}
-
-
-def _image_reply(result, body, service):
-    data = [_encoded(picture, body.output_format or "png", service.metadata(text)) for picture, text in result.pictures]
-    usage = schema.image_usage(result.prompt_tokens, result.tokens)
-    picture, text = result.pictures[0]
-    return _pictures(data, picture, body.output_format, usage=usage, seed=text["seed"])
+# --- streams
 
 
 def stream(events):
@@ -435,77 +355,3 @@ async def _sent(events):
         if status == 500:
             log.error("a request failed: %s", where_it_failed(error))
         yield f"event: error\ndata: {json.dumps(body)}\n\n"
-
-
-async def _taken(mailbox, wants_progress):
-    """A job's events until it is done, as a stream sends them: progress not too often, and signs of life."""
-    last = 0.0
-    while True:
-        events = await mailbox.take(KEEP_ALIVE)
-        if not events:
-            yield "keep-alive"
-        for event in events:
-            if not isinstance(event, (Queued, Progress)):
-                yield event
-                if isinstance(event, Done):
-                    return
-            elif wants_progress and (isinstance(event, Queued) or time.monotonic() > last + PROGRESS_EVERY):
-                last = time.monotonic()
-                yield "emu3.progress", _progress(event)
-
-
-def _progress(event):
-    names = ("tokens", "total", "rows", "rows_total", "tokens_per_s")
-    values = {name: getattr(event, name, None) for name in names}
-    speed, left = values["tokens_per_s"], None
-    if speed:
-        left = round((event.total - event.tokens) / speed, 1)
-    return {"type": "emu3.progress", "place": getattr(event, "place", 0), **values, "seconds_left": left}
-
-
-async def _image_events(mailbox, body, service):
-    format = body.output_format or "png"
-    async for event in _taken(mailbox, body.emu3_progress):
-        if isinstance(event, Partial):
-            data = await run_in_threadpool(_encoded, event.image, format)
-            yield _image_event("partial_image", data, event.image, format, partial_image_index=event.number,
-                               index=event.index)  # fmt: skip
-        elif isinstance(event, Done):
-            result, count = event.result, len(event.result.pictures)
-            usage = schema.image_usage(result.prompt_tokens // count, result.tokens // count).model_dump()
-            for i, (picture, text) in enumerate(result.pictures):
-                data = await run_in_threadpool(_encoded, picture, format, service.metadata(text))
-                yield _image_event("completed", data, picture, format, usage=usage, index=i, seed=text["seed"])
-        else:
-            yield event
-
-
-def _image_event(name, data, picture, format, **more):
-    name, size = f"image_generation.{name}", f"{picture.width}x{picture.height}"
-    same = {"created_at": int(time.time()), "size": size, "output_format": format, "quality": "auto",
-            "background": "opaque"}  # fmt: skip
-    return name, {"type": name, "b64_json": data, **same, **more}
-
-
-async def _chat_events(mailbox, body, head):
-    head = {**head, "object": "chat.completion.chunk"}
-    has_usage = bool(body.stream_options and body.stream_options.include_usage)
-    none = {"usage": None} if has_usage else {}
-
-    def chunk(delta, reason=None):
-        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
-        return None, {**head, "choices": [choice], **none}
-
-    yield chunk({"role": "assistant", "content": ""})
-    async for event in _taken(mailbox, body.emu3_progress):
-        if isinstance(event, Text):
-            yield chunk({"content": event.text})
-        elif isinstance(event, Done):
-            result = event.result
-            yield chunk({}, result.finish_reason)
-            if has_usage:
-                usage = schema.chat_usage(result.prompt_tokens, result.tokens, result.cached_tokens).model_dump()
-                yield None, {**head, "choices": [], "usage": usage}
-            yield None, "[DONE]"
-        else:
-            yield event

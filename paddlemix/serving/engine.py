@@ -31,6 +31,7 @@ __all__ = [
 
 MOST_CODES = 1 << 20  # of pictures of questions that are remembered
 PREVIEW_SHARE, PREVIEW_SAVED_S = 0.1, 1.0  # of the time; an idle server saves up so much of it
+ADMIT_S = 0.05  # after which no more jobs are prepared before the next pass
 log = logging.getLogger(__name__)
 
 
@@ -174,9 +175,10 @@ class Engine:
                     self._fail(job, error)
                 self._batches.clear()
         for job in [*self._running, *self._queue]:
-            if self.records is not None and isinstance(job, Draw):
+            is_kept = self.records is not None and job.id in self.records.files and not job.cancelled
+            if is_kept:
                 log.warning("request %s: left to the next start", job.id)
-            self._forget(job, keep_record=True)
+            self._forget(job, keep_record=is_kept)
             job.tell(Failed(Unavailable("the server is stopping", 10)))
         if self.records is not None:
             self.records.release()
@@ -203,8 +205,8 @@ class Engine:
         return job.pipeline if job.uses_batch else None
 
     def _admit(self):
-        """Let jobs begin, the first first; where others run, one between two passes."""
-        full = set()
+        """Let jobs begin, the first first; where others run, those of a short while between two passes."""
+        full, end = set(), time.monotonic() + ADMIT_S
         for job in list(self._queue):
             if self._lane(job) in full:
                 continue
@@ -215,7 +217,7 @@ class Engine:
                 continue
             if not began:
                 full.add(self._lane(job))
-            elif self._running:
+            elif self._running and time.monotonic() > end:
                 return
 
     def _begin(self, job):
@@ -292,7 +294,8 @@ class Engine:
         if self.output_dir is None:
             return
         try:
-            save_results(*map(list, zip(*((i, self.output_dir, t) for i, t in result.pictures), strict=True)))
+            images, texts = zip(*result.pictures, strict=True)
+            save_results(images, self.output_dir, texts)
         except (InputError, OSError) as error:  # the client has its pictures all the same
             log.warning("request %s: its pictures cannot be written (%s)", job.id, type(error).__name__)
 
