@@ -111,6 +111,18 @@ def picture(page, selector):
     return Image.open(io.BytesIO(base64.b64decode(page.get_attribute(selector, "src").split(",")[1])))
 
 
+def watch(page):
+    """From now on `seen` holds the first picture's previews and the lines of progress."""
+    page.evaluate("""() => {
+        window.seen = { previews: new Set(), progress: [] };
+        new MutationObserver(() => {
+            const image = document.querySelector("#gallery img");
+            if (image) seen.previews.add(image.src);
+            seen.progress.push(document.getElementById("progress-text").textContent);
+        }).observe(document.body, { subtree: true, childList: true, attributes: true, characterData: true });
+    }""")
+
+
 def give(page, event, data):
     """Paste or drop a PNG file."""
     page.evaluate("""([type, data]) => {
@@ -141,14 +153,7 @@ def wait_until(condition):
 
 def test_rows_appear_and_the_seed_draws_the_picture_again(visit):
     page = visit()
-    page.evaluate("""() => {
-        window.seen = { previews: new Set(), progress: [] };
-        new MutationObserver(() => {
-            const image = document.querySelector("#gallery img");
-            if (image) seen.previews.add(image.src);
-            seen.progress.push(document.getElementById("progress-text").textContent);
-        }).observe(document.body, { subtree: true, childList: true, attributes: true, characterData: true });
-    }""")
+    watch(page)
     page.get_by_label("Prompt", exact=True).fill(CIRCLE)
     page.get_by_label("Number").fill("4")
     page.get_by_label("Seed").fill("1")
@@ -188,11 +193,14 @@ def test_stop_ends_the_work_at_the_server(visit, address):
 
 def test_a_second_visitor_sees_the_place_in_the_queue(visit):
     first, second = visit(), visit()
-    generate(first, number=8)
-    first.wait_for_selector("#gallery img")
-    generate(second)
-    wait_until(lambda: second.inner_text("#progress-text") == "Place 1 in the queue")
-    first.click("#stop")
+    watch(second)
+    second.fill("#prompt", CIRCLE)
+    generate(first, number=8)  # with guidance they fill the batch
+    wait_until(lambda: "Waiting" not in first.inner_text("#progress-text"))
+    second.click("#generate")
+    wait_until(lambda: second.is_hidden("#run") or "Place 1 in the queue" in second.evaluate("seen.progress"))
+    assert "Place 1 in the queue" in second.evaluate("seen.progress")
+    first.evaluate("document.getElementById('stop').click()")  # it may be done by now
     assert finished(second).count() == 1
 
 
