@@ -96,8 +96,11 @@ class Words:
     def load(self):
         self.model, self.loads = self.language_model, self.loads + 1
 
-    def chat_ids(self, turns):
+    def chat_prompt(self, turns):
         return [5 + i for _, parts in turns for text in parts for i in map(int, text.split())]
+
+    def chat_sizes(self, turns, positions):
+        return []
 
     def decode(self, ids, skip_special_tokens):
         return "".join(f"<{i}>" for i in ids)
@@ -105,7 +108,7 @@ class Words:
     def alone(self, text, most, **options):
         from paddlemix.pipelines.emu3 import answer_sampling
 
-        answer, batch = Answer(self.chat_ids([("user", [text])]), most, self.config, answer_sampling(**options)), None
+        answer, batch = Answer(self.chat_prompt([("user", [text])]), most, self.config, answer_sampling(**options)), None
         batch = Batch(self.language_model)
         batch.join(answer)
         while batch:
