@@ -27,7 +27,10 @@ MINI := tools/mini
 MINI_PYTHON := .venv-mini/bin/python
 MINI_RUN ?= mini_run
 
-.PHONY: help venv ops demo serve eval mini bench lint test clean asked-again
+FUZZ_SECONDS ?= 600
+KILLS ?= 100
+
+.PHONY: help venv ops demo serve eval mini bench lint test fuzz clean asked-again
 
 help:
 	@echo "make demo   generate, understand and autoencode with Emu3-Mini, which comes with the package; into $(OUT)/"
@@ -37,6 +40,7 @@ help:
 	@echo "make mini   train Emu3-Mini from scratch with PyTorch, from data to files: hours on a CPU"
 	@echo "make ops    compile the custom operators into .venv (paddlemix/external_ops)"
 	@echo "make test   ruff and pytest"
+	@echo "make fuzz   new inputs for the properties of tests/test_fuzz.py, for FUZZ_SECONDS=600, then KILLS=100 of drawings"
 	@echo "make lint   ruff only"
 	@echo "make venv   .venv with all that is needed; the others make it themselves; .venv/bin/emu3 lists the commands"
 	@echo "make bench  side by side with transformers, into benchmarks/RESULTS.md; BENCH=--quick takes minutes, not an hour;"
@@ -113,6 +117,10 @@ lint: venv
 test: lint ops
 	$(RUN) -m pytest
 
+fuzz: ops
+	$(RUN) tools/fuzz.py --seconds $(FUZZ_SECONDS)
+	$(RUN) tools/kill_drawings.py --kills $(KILLS)
+
 .venv-peer/ready: $(PEER_NEEDS) | .venv/ready
 	@echo "Making .venv-peer with transformers and PyTorch: some minutes the first time"
 	@$(RUN) -m venv --clear .venv-peer
@@ -123,5 +131,5 @@ bench: venv $(if $(filter .venv-peer/%,$(PEER_PYTHON)),.venv-peer/ready)
 	PEER_PYTHON="$(PEER_PYTHON)" $(RUN) benchmarks/bench.py $(BENCH)
 
 clean:
-	rm -rf .venv .venv-mini .venv-peer benchmarks/run $(OUT) build $(OPS)/build $(OPS)/modules/*.egg-info dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-mini .venv-peer benchmarks/run $(OUT) build $(OPS)/build $(OPS)/modules/*.egg-info dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

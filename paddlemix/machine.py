@@ -34,6 +34,7 @@ def start_paddle(device=None, quiet=True):
     if quiet:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
+        logging.getLogger("PIL").propagate = False  # it logs of a damaged picture what the error says
         os.environ.setdefault("GLOG_minloglevel", "2")
     was_imported = "paddle" in sys.modules
     threads, notes = (None, []) if was_imported else _asked_threads()

@@ -4,6 +4,8 @@
 Paddle is imported where it is used: a command's `--help` does not wait for it.
 """
 
+import contextlib
+
 
 def set_num_threads(count):
     """How many threads Paddle computes with on a CPU from now on."""
@@ -34,11 +36,10 @@ def use_full_float32():
     """Let a card compute float32 convolutions and products in float32, not in TF32 with 10 bits of fraction."""
     import paddle
 
-    try:
+    with contextlib.suppress(ValueError):  # there is no such flag before 3.3
         paddle.set_flags({"FLAGS_cudnn_allow_tf32": False})
-    except ValueError:  # before 3.3, whose products were of TF32 too
-        paddle.base.core.set_cudnn_switch(False)
-        paddle.base.core.set_cublas_switch(False)
+    paddle.base.core.set_cudnn_switch(False)  # for the way of cuDNN that the flag does not reach
+    paddle.base.core.set_cublas_switch(False)  # for products, which were of TF32 before 3.3
 
 
 def is_untouched(layer):

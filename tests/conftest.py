@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from safetensors.numpy import save_file
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -16,6 +17,16 @@ sys.path[:0] = [str(GOLDEN), str(Path(__file__).parents[1] / "tools")]
 
 import random_checkpoints
 import recipe
+
+# tests/test_fuzz.py: "short" is part of `make test`, the same inputs each time; "long" is a round of `make fuzz`
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.filter_too_much]
+settings.register_profile(
+    "short", max_examples=100, derandomize=True, database=None, deadline=None, suppress_health_check=SLOW
+)
+settings.register_profile(
+    "long", max_examples=300, derandomize=False, print_blob=True, deadline=None, suppress_health_check=SLOW
+)
+settings.load_profile("short")
 
 MODELS = {  # golden name: (tag of its weights, model_type)
     "vision_tokenizer": ("public-vq", "Emu3VisionVQ"),

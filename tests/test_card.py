@@ -13,6 +13,7 @@ from test_generation import GRAMMAR, GREEDY, NEGATIVE, PROMPTS, SIZES
 from paddlemix import machine, paddle_private
 from paddlemix.models.emu3 import (
     Emu3Config,
+    Emu3ForCausalLM,
     Emu3VisionVQConfig,
     Emu3VisionVQModel,
     cache,
@@ -188,8 +189,31 @@ def test_float16_where_a_card_has_no_bfloat16(card, capability, dtype):
     assert Emu3Pipeline("emu3-mini", dtype="float32").dtype == "float32"
 
 
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_the_embedding_of_a_quantized_model_decides_its_activations(card, stored, language_dir, tmp_path, monkeypatch):
+    """float16 on a card without bfloat16, whatever the checkpoint stores."""
+    monkeypatch.setattr(paddle, "get_device", lambda: "cpu")
+    Emu3ForCausalLM.from_pretrained(language_dir, dtype=stored).save_pretrained(tmp_path)
+    monkeypatch.setattr("paddlemix.models.emu3.checkpoint.half_dtype", lambda: "float16")
+    assert Emu3ForCausalLM.from_pretrained(tmp_path, dtype="int8").dtype == paddle.float16
+
+
+def test_memory_to_decode_is_asked_for_once_more_when_the_model_is_loaded(monkeypatch):
+    emu3 = Emu3Pipeline.from_pretrained("emu3-mini")
+    generation = emu3.generate_steps("a circle", seed=1)
+    emu3.load()
+    monkeypatch.setattr(modeling_emu3visionvq, "require_memory", refuse)
+    with pytest.raises(InputError, match="pixels at once"):
+        next(iter(generation))
+    assert generation.gained == 0
+
+
+def refuse(size, purpose):
+    raise InputError(purpose)
+
+
 def test_no_tf32(monkeypatch):
-    """By the flag of Paddle 3.3, by two switches before; on a card alone."""
+    """By the flag of Paddle 3.3, and by two switches; on a card alone."""
     set_to, has_flag = [], True
 
     def set_flags(flags):
@@ -205,7 +229,8 @@ def test_no_tf32(monkeypatch):
     machine.start_paddle("cpu")
     assert set_to == []
     machine.start_paddle("gpu")
-    assert set_to == [{"FLAGS_cudnn_allow_tf32": False}]
+    switches = [("set_cudnn_switch", False), ("set_cublas_switch", False)]
+    assert set_to == [{"FLAGS_cudnn_allow_tf32": False}, *switches]
     has_flag = False
     paddle_private.use_full_float32()
-    assert set_to[1:] == [("set_cudnn_switch", False), ("set_cublas_switch", False)]
+    assert set_to[3:] == switches

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -233,7 +234,8 @@ def test_a_token_file_damaged_in_any_way_is_one_line(tmp_path):
     from paddlemix.commands.unfinished import Unfinished
 
     def unfinished(resume=False):
-        return Unfinished(argparse.Namespace(output_dir=str(tmp_path), resume=resume), {"prompt": ["a", "b"]})
+        args = argparse.Namespace(output_dir=str(tmp_path), resume=resume)
+        return Unfinished(args, {"prompt": ["a", "b"], "seed": 1})
 
     first = unfinished()
     first.save([np.arange(40), np.arange(7)])
@@ -243,17 +245,23 @@ def test_a_token_file_damaged_in_any_way_is_one_line(tmp_path):
     for _ in range(300):
         at = rng.integers(len(whole))
         damaged.append(whole[:at] + bytes([whole[at] ^ (1 << rng.integers(8))]) + whole[at + 1 :])
+    good = json.dumps({"prompt": ["a", "b"], "seed": 1})
     others = [
         {"drawn": np.arange(3), "settings": "{}"}, {"settings": json.dumps(["a"])}, {"settings": "[" * 100_000},
         {"settings": json.dumps({"prompt": 5})},
-        {"settings": json.dumps({"prompt": {"a": 1}}), "drawn_0": np.arange(3)},
-        {"settings": json.dumps({"prompt": ["a", "b"]}), "drawn_0": np.arange(3), "drawn_1": np.zeros([2, 2], int)},
-        {"settings": json.dumps({"prompt": ["a", "b"]}), "drawn_0": np.arange(3), "drawn_1": np.zeros(2)},
-        {"settings": json.dumps({"prompt": ["a", "b"]}), "drawn_0": np.array([object()])},
+        {"settings": json.dumps({"prompt": {"a": 1}, "seed": 1}), "drawn_0": np.arange(3)},
+        {"settings": good, "drawn_0": np.arange(3), "drawn_1": np.zeros([2, 2], int)},
+        {"settings": good, "drawn_0": np.arange(3), "drawn_1": np.zeros(2)},
+        {"settings": good, "drawn_0": np.array([object()])},
+        {"settings": json.dumps({"prompt": ["a"]}), "drawn_0": np.arange(3)},  # no seed
+        {"settings": json.dumps({"prompt": ["a"], "seed": None}), "drawn_0": np.arange(3)},
     ]  # fmt: skip
     for other in others:
         np.savez(path, **other)
         damaged.append(path.read_bytes())
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:  # 300 MB of zeros in 300 kB
+        bomb.writestr("settings.npy", bytes(300_000_000))
+    damaged.append(path.read_bytes())
     np.save(tmp_path / "list.npy", np.arange(5))
     damaged += [(tmp_path / "list.npy").read_bytes(), b"", b"[1, 2]", b"\x80\x04N."]
     refused_ones = 0
@@ -406,6 +414,25 @@ def test_a_preview_or_statistics_that_cannot_be_written_spoil_nothing(command, f
         assert code == 2 and last_line(out) == wrote and "No space left on device" in err
 
 
+def test_a_result_never_takes_the_place_of_its_input(command, folder):
+    """The picture, by another name of it too, and a frame."""
+
+    def is_refused(name, *arguments):
+        code, _, err = see(command, *arguments)
+        assert code == 2 and err.count("\n") == 1 and f"{name} would be overwritten" in err
+
+    picture = picture_file(folder, "good").rename(folder / "recon_image.png")
+    before = picture.read_bytes()
+    is_refused("recon_image.png", f"--image_path={picture}")
+    (folder / "link.png").symlink_to("recon_image.png")
+    is_refused("link.png", "--image_path=link.png")
+    frames = folder / "frames"
+    frames.mkdir()
+    (frames / "recon_video_0_compare.png").write_bytes(before)
+    is_refused("recon_video_0_compare.png", "--video_path", frames, "--output_dir", frames)
+    assert picture.read_bytes() == before
+
+
 def test_output_through_a_link(command, folder):
     """The file that it leads to is written, and the link stays."""
     (folder / "elsewhere").mkdir()
@@ -418,6 +445,9 @@ def test_output_through_a_link(command, folder):
         line = f"--stats_json {'/dev/stdout' if name == 'out.txt' else '/dev/stderr'}"
         done = shell(f"{SEE} {line} > {name}", folder)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "error: --stats_json /dev/std" in done.stderr
+    (folder / "lost.json").symlink_to("nowhere/stats.json")
+    code, out, err = see(command, "--stats_json=lost.json")
+    assert code == 2 and not out and "nowhere: give a folder that exists" in err
     os.mkfifo(folder / "pipe.png")
     with pytest.raises(InputError, match="not a regular file"):
         replacing(folder / "pipe.png")
@@ -651,6 +681,7 @@ def test_bad_pictures(command, folder, caller, kind, words):
         (["--model_path=~nosuchuser/x"], "no checkpoint at '~nosuchuser/x'"),
         (["--num_images=1000000000"], "at most 10000 pictures"),
         (["--height=100000", "--width=100000"], "GB of memory"),
+        (["--height=100000"], "the model has 9216 positions; the largest at"),
         (["--ratio=" + "x" * 5000], "ratio must be width:height"),
         (["--top_p=2"], "top_p"),
         (["--top_k=-1"], "top_k"),
@@ -675,7 +706,8 @@ def test_bad_pictures(command, folder, caller, kind, words):
         (["--ratio"], "--ratio: at least one value is missing"),
         (["--heigth=64"], "'--heigth=64': did you mean --height?"),
         (["a red circle"], "'a red circle': --help"),
-        (["--stats_json=nowhere/stats.json"], "cannot write into nowhere"),
+        (["--stats_json=nowhere/stats.json"], "nowhere: give a folder that exists"),
+        (["--stats_json=same.png", "--preview=./same.png"], "are one file, ./same.png: give two"),
     ],
 )
 def test_bad_arguments(command, folder, arguments, words):

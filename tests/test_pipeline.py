@@ -215,9 +215,15 @@ def test_the_checkpoint_says_what_is_good(emu3, tmp_path):
     path.write_text(json.dumps({"bos_token_id": 1, "top_k": 5}))  # as the released file has it: ids
     other = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini")
     assert other.defaults == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 5, "top_p": 1.0}
-    for text in ("[1]", '{"temperature": "hot"}', '{"top_k": 1e999}', '{"top_k": 7.5}', '{"temperature": true}'):
+    for text, words in (
+        ("[1]", " must hold one JSON object"),
+        ('{"temperature": "hot"}', ": temperature must be above 0"),
+        ('{"temperature": true}', ": temperature must be above 0"),
+        ('{"top_k": 1e999}', ": top_k must be"),
+        ('{"top_k": 7.5}', ": top_k must be .* got 7.5: mend or remove it"),
+    ):
         path.write_text(text)
-        with pytest.raises(ValueError, match="generation_config.json must hold"):
+        with pytest.raises(ValueError, match=f"generation_config.json{words}"):
             _ = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini").defaults
     path.write_text("{")
     with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
@@ -328,3 +334,12 @@ def test_a_long_negative_prompt_gets_the_note_that_a_prompt_gets(emu3):
         [note] = emu3.generate_steps(**how).notes
         assert "64 x 64 pixels take" in note and "the model has 1024 positions" in note
     assert not emu3.generate_steps("x", negative_prompt=long, guidance_scale=1).notes
+
+
+def test_a_text_of_many_pictures_is_tokenized_once(emu3, monkeypatch):
+    tokenizer, texts = emu3.processor.tokenizer, []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, *a, **k: texts.append(text) or encode(text, *a, **k))
+    emu3.generate_steps(["a circle", "a ring"], num_images=50, height=16, width=16)
+    texts = [text for text in texts if "*" not in text]  # sizes
+    assert len(texts) == 3 and texts[0].startswith("a circle")

@@ -25,22 +25,23 @@ def product(x, weight, scale):
 @pytest.fixture
 def card(monkeypatch):
     """A card of capability 9.0 that has this kernel; none was looked at before."""
-    found = SimpleNamespace(few_rows_linear=product, capability=(9, 0), warnings=[], calls=0)
+    found = SimpleNamespace(few_rows_linear=product, emu3_ops_cuda=None, capability=(9, 0), warnings=[], calls=0)
+
+    def quantize_weight(weight, bits):  # the compiled one computes on a CPU alone
+        assert weight.place.is_cpu_place()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "operators", lambda: None)
+            return quantize(weight, bits)
+
+    found.quantize_weight = quantize_weight
     monkeypatch.setattr(paddle, "CUDAPlace", lambda number: paddle.CPUPlace())
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda number: found.capability)
     monkeypatch.setattr(module, "operators", lambda: found)
     log = module.logging.getLogger(module.__name__)
     monkeypatch.setattr(log, "warning", lambda text, *values: found.warnings.append(text % values))
-
-    def quantize_on_cpu(weight, bits):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "operators", lambda: None)
-            return quantize(weight, bits)
-
-    monkeypatch.setattr(module, "quantize", quantize_on_cpu)
-    module.kernel_is_right.cache_clear()
+    module.kernel_fault.cache_clear()
     yield found
-    module.kernel_is_right.cache_clear()
+    module.kernel_fault.cache_clear()
 
 
 @pytest.mark.parametrize("dtype, bits", CASES)
@@ -82,6 +83,12 @@ def test_what_the_kernel_takes(card):
 def test_cards_without_tensor_cores_for_it(card):
     card.capability = (7, 5)
     assert not module.card_takes(*a_call()) and card.warnings == []
+    assert "compute capability 7.5, the kernel needs 8.0" in module.kernel_fault(paddle.bfloat16, 8, 0)
+
+
+def test_operators_that_were_built_for_a_cpu(card):
+    del card.emu3_ops_cuda
+    assert "CUDA operators are not built, `make ops`" in module.kernel_fault(paddle.bfloat16, 4, 0)
 
 
 @pytest.mark.parametrize("dtype, bits", CASES)
@@ -101,6 +108,7 @@ def test_a_kernel_that_computes_wrongly_is_not_used(card, rows, dtype, bits):
     assert card.calls == 4
     (words,) = card.warnings
     assert words.startswith(f"the int{bits} kernel errs by 0.0") and f"with {rows} rows" in words
+    assert module.kernel_fault(call[0].dtype, bits, 0) in words  # what a command notes
 
 
 def test_a_kernel_that_fails_is_not_used(card):
@@ -110,7 +118,7 @@ def test_a_kernel_that_fails_is_not_used(card):
     card.few_rows_linear = not_compiled
     assert not module.card_takes(*a_call())
     (words,) = card.warnings
-    assert "the int8 kernel fails ((External) CUDA error(209)" in words and "Paddle's products are used" in words
+    assert "the int8 kernel fails on this card ((External) CUDA error(209)" in words
 
 
 def test_floats_of_16_bits_are_not_taken():

@@ -32,7 +32,7 @@ from paddlemix.serving.jobs import Draw
 ROOT = Path(__file__).resolve().parents[1]
 SCENE = ROOT / "paddlemix" / "demo_images" / "emu3_scene.png"
 SMALL = {"size": "32x32", "prompt": "a red circle"}
-LONG = {"size": "512x512", "prompt": "a red circle"}  # many seconds
+LONG = {"size": "480x480", "prompt": "a red circle"}  # many seconds
 NAMES = {"emu3-mini": ["draw", "chat"]}
 
 

@@ -6,7 +6,14 @@ from pathlib import Path
 from paddlemix.results import save_picture
 
 from .console import Loading, make_parser, progress_bar, say
-from .files import frame_paths, load_pictures, side_by_side, write_stats, wrote
+from .files import (
+    frame_paths,
+    load_pictures,
+    refuse_to_overwrite,
+    side_by_side,
+    write_stats,
+    wrote,
+)
 from .language_model import note_vision
 
 DEMO_IMAGE = "paddlemix/demo_images/emu3_demo.png"
@@ -25,10 +32,15 @@ def parser(prog=None):
 def main(args):
     from paddlemix.pipelines import Emu3Pipeline
 
+    folder, ends = Path(args.output_dir), ("", "_compare")
+    refuse_to_overwrite([folder / f"recon_image{end}.png" for end in ends], filter(None, [args.image_path]))
+    files = frame_paths(args.video_path) if args.video_path else []
+    names = [folder / f"recon_video_{i}{end}.png" for i in range(len(files)) for end in ends]
+    refuse_to_overwrite(names, files)
     with Loading() as load:
         emu3 = Emu3Pipeline(vq_model_path=args.model_path, progress=True)
         processor = emu3.image_processor
-        frames = load_pictures(frame_paths(args.video_path), processor) if args.video_path else None
+        frames = load_pictures(files, processor) if args.video_path else None
         images = load_pictures([args.image_path or DEMO_IMAGE], processor) if args.image_path or not frames else None
         jobs = [("recon_image", {"image": images})] if images else []
         jobs += [("recon_video", {"video": frames})] if frames else []

@@ -289,7 +289,7 @@ def _check_swallowed(args):
 
 def _check_outputs(args):
     """Hours of work must not end in a folder that cannot be written."""
-    folders = []
+    folders, files = [], []
     if getattr(args, "output_dir", None) is not None:
         try:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -302,7 +302,11 @@ def _check_outputs(args):
             raise InputError(f"--{name} {file} is not a file: give the name of one")
         if file and any(_is_stream(file, stream) for stream in (1, 2)):
             raise InputError(f"--{name} {file} is where this command prints to: give the name of another file")
-        folders += [Path(file).parent] if file else []
+        if file:  # what a link leads to is written
+            files.append(Path(os.path.realpath(file)))
+            folders.append(files[-1].parent)
+    if len(set(files)) < len(files):
+        raise InputError(f"--stats_json and --preview are one file, {args.preview}: give two")
     for folder in folders:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise InputError(f"cannot write into {folder}: give a folder that exists and that you may write to")

@@ -2,7 +2,9 @@
 """The files of a command: pictures that it reads, results whole or not at all, the preview, the statistics."""
 
 import json
+import os
 import time
+from itertools import product
 from pathlib import Path
 
 from paddlemix.machine import peak_memory
@@ -51,6 +53,13 @@ def frame_paths(folder):
         raise InputError(f"--video_path {folder} holds no picture: give a folder of frames such as 000.png, 001.png")
     # Every second piece is a number. To ask isdigit is not enough: "\u00b2" is a digit, and int does not take it.
     return sorted(paths, key=lambda p: [int(n) if i % 2 else n for i, n in enumerate(re.split(r"(\d+)", p.name))])
+
+
+def refuse_to_overwrite(paths, inputs):
+    """InputError where one of the paths to write is what one of the inputs is read from."""
+    for path, given in product(paths, inputs):
+        if os.path.exists(path) and os.path.exists(given) and os.path.samefile(path, given):
+            raise InputError(f"{given} would be overwritten by the result {path}: give another --output_dir")
 
 
 class Preview:
@@ -119,7 +128,10 @@ def write_stats(args, **stats):
     if args.stats_json:
         stats = {k: round(v, 4) if isinstance(v, float) else v for k, v in stats.items()}
         stats["peak_memory_mb"] = round(peak_memory() / 2**20, 1)
-        write_atomically(args.stats_json, json.dumps(stats, indent=2) + "\n")
+        try:
+            write_atomically(args.stats_json, json.dumps(stats, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {args.stats_json}: {error.strerror}") from None
 
 
 def wrote(paths):

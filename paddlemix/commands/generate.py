@@ -2,6 +2,7 @@
 """Text-to-image: draw pictures from prompts."""
 
 from paddlemix.results import save_results
+from paddlemix.utils import InputError
 
 from .console import Loading, Stopwatch, add_texts, integer, make_parser, note, number, progress_bar, say
 from .files import Preview, write_stats, wrote
@@ -62,7 +63,10 @@ def main(args):
     for text in generation.notes:
         note(text)
     unfinished = Unfinished(args, {**generation.settings, "seed": args.seed, "checkpoint": fingerprint(emu3.model)})
-    generation.resume(unfinished.drawn, unfinished.settings["seed"])
+    try:
+        generation.resume(unfinished.drawn, unfinished.settings["seed"])
+    except InputError as error:
+        raise InputError(f"{unfinished.path}: {error}" if unfinished.drawn else str(error)) from None
     unfinished.settings["seed"] = generation.seed
     sizes = ", ".join(f"{width} x {height}" for height, width in generation.sizes)
     say(f"drawing {sizes} pixels with seed {generation.seed}")

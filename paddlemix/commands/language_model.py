@@ -39,12 +39,19 @@ def note_dtype(emu3):
     import paddle
 
     from paddlemix.external_ops import build_command, operators
+    from paddlemix.external_ops.few_rows_linear import kernel_fault
+    from paddlemix.machine import half_dtype
 
     on_cpu, config = paddle.get_device() == "cpu", emu3.config
     if on_cpu and emu3.asked_dtype == "float16":
         note("there is no float16 linear layer for a CPU: going on in float32")
-    if emu3.dtype == "float16" != emu3.asked_dtype:
+    if not on_cpu and emu3.dtype != "float32" and half_dtype() == "float16" != emu3.asked_dtype:
         note("this card has no bfloat16: going on in float16")
+    if not on_cpu and emu3.dtype in ("int8", "int4"):
+        card = int(paddle.get_device().removeprefix("gpu:"))
+        fault = kernel_fault(getattr(paddle, half_dtype()), int(emu3.dtype[3:]), card)
+        if fault:
+            note(f"{emu3.dtype} computes by Paddle's products, slower than bfloat16: {fault}")
     if on_cpu and operators() is None and 4 * step_parameters(config) > SLOW_BYTES:
         other = "" if emu3.dtype == "float32" else ", or take --dtype=float32"
         note(f"{emu3.dtype} is slow on a CPU without the compiled operators: run `{build_command()}`{other}")

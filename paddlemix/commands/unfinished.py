@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from paddlemix.utils import InputError, write_atomically
 from .console import note
 
 SUFFIX = ".tokens.npz"
+MOST_BYTES = 1 << 28  # of all tokens in a file: more than any drawing has
 
 
 class Unfinished:
@@ -63,6 +65,9 @@ class Unfinished:
             if not self.failed:
                 note(f"cannot keep what is drawn so far in {self.folder}: {error.strerror}; drawing on")
             self.failed = True
+            if self.drawn is None and self.path:  # only the name is there
+                self.path.unlink(missing_ok=True)
+                self.path = None
 
     def finish(self):
         if self.path:
@@ -90,10 +95,14 @@ def _read(path):
     import numpy as np
 
     try:
+        with zipfile.ZipFile(path) as file:
+            if sum(part.file_size for part in file.infolist()) > MOST_BYTES:
+                raise ValueError
         with np.load(path, allow_pickle=False) as file:
             settings = json.loads(str(file["settings"]))
             drawn = [file[f"drawn_{i}"] for i in range(len(settings["prompt"]))]
-            if not isinstance(settings["prompt"], list) or not all(d.ndim == 1 and d.dtype.kind == "i" for d in drawn):
+            is_whole = isinstance(settings["prompt"], list) and type(settings["seed"]) is int
+            if not is_whole or not all(d.ndim == 1 and d.dtype.kind == "i" for d in drawn):
                 raise ValueError
             return settings, drawn
     except Exception:  # whatever NumPy, zip and JSON make of a damaged file

@@ -9,6 +9,8 @@ from paddlemix.processors.emu3_processing import largest_size
 from paddlemix.processors.image_processing_emu3 import over_white, psnr, to_pil
 from paddlemix.utils import InputError
 
+FARTHEST = 4  # times the model's positions: what is drawn beyond is noise, and takes hours
+
 
 @dataclass
 class Reconstruction:
@@ -108,6 +110,7 @@ class Generation:
     def __iter__(self):
         from paddlemix.models.emu3.decoding import Batch
 
+        self._require_memory_to_decode()  # once more: the weights are in memory by now
         batch = Batch(self.pipeline.model, self.decoding)
         batch.join(*self.drawings)
         while batch:
@@ -144,13 +147,16 @@ class Generation:
                 if length > limit:
                     raise InputError(f"the {name} has {length} tokens, the model has {limit} positions: shorten it")
                 tokens[i] += length + h * (w + 1)
-        for h, w in set(self.codes):
-            self.pipeline.vision_tokenizer.require_memory_to_decode(1, h, w)
+        self._require_memory_to_decode()
         if batch is not None:
             batch.require_memory(max(tokens))
         else:
             purpose = f"for the keys and values of {sum(tokens)} tokens, {len(self.codes)} pictures at once"
             require_memory(cache_bytes(config, sum(tokens), self.pipeline.dtype), purpose)
+
+    def _require_memory_to_decode(self):
+        for h, w in set(self.codes):
+            self.pipeline.vision_tokenizer.require_memory_to_decode(1, h, w)
 
     def _note(self, i):
         """Positions beyond those of the training give poor pictures: which size does not."""
@@ -165,7 +171,10 @@ class Generation:
             height, width = (side * self.factor for side in best)
             advice = f"the largest at {self.ratios[i]} that fits has height={height} width={width}"
         pixels = f"{w * self.factor} x {h * self.factor} pixels"
-        return f"{pixels} take {needed} tokens, the model has {limit} positions; {advice}"
+        text = f"{pixels} take {needed} tokens, the model has {limit} positions; {advice}"
+        if needed > FARTHEST * limit:
+            raise InputError(text)
+        return text
 
 
 class Understanding:
@@ -212,8 +221,9 @@ class Understanding:
         processor = self.pipeline.processor
         size = [side * processor.vision_tokenizer.spatial_scale_factor for side in codes]
         if size != list(processor.image_processor.resized(image.height, image.width)):
+            width, height = image.info.get("full_size", image.size)
             self._note(
-                f"a picture of {image.width} x {image.height} pixels is scaled to {size[1]} x {size[0]}: "
+                f"a picture of {width} x {height} pixels is scaled to {size[1]} x {size[0]}: "
                 "the checkpoint takes no larger one in a question"
             )
 

@@ -3,12 +3,12 @@
 
 import math
 import re
-from functools import partial
+from functools import cache
 
 import numpy as np
 
 from paddlemix.models.emu3.image_grammar import ImageGrammar
-from paddlemix.utils import BatchFeature, InputError, real_number, shown, whole_numbers
+from paddlemix.utils import BatchFeature, InputError, real_number, shown, whole_number, whole_numbers
 
 from .image_processing_emu3 import to_pil
 
@@ -186,9 +186,13 @@ class Emu3Processor:
         if len(ratios) != len(texts):
             raise InputError(f"give one ratio for all texts or one each: {len(texts)} texts, {len(ratios)} ratios")
         sizes = [generate_size(r, image_area, self.vision_tokenizer.spatial_scale_factor) for r in ratios]
-        encode = partial(self.tokenizer.encode, allow_special=False)
         bos = self.tokenizer.bos_token_id
-        return [[bos, *encode(t), *self.grammar.head(*s)] for t, s in zip(texts, sizes, strict=True)], sizes
+
+        @cache  # of many pictures of one text
+        def row(text, size):
+            return [bos, *self.tokenizer.encode(text, allow_special=False), *self.grammar.head(*size)]
+
+        return [row(text, tuple(size)) for text, size in zip(texts, sizes, strict=True)], sizes
 
     def _chat_prompts(self, texts, image, padding_image, positions):
         images = list(image) if isinstance(image, (list, tuple)) else [image]
@@ -339,8 +343,11 @@ class Emu3Processor:
         """The PIL picture of codes, an integer array [h, w]."""
         import paddle
 
+        codes = whole_numbers("codes", codes)
+        if codes.ndim != 2:
+            raise InputError(f"a picture's codes must be [h, w], got {list(codes.shape)}")
         with paddle.no_grad():
-            pixels = self.vision_tokenizer.decode(paddle.to_tensor(whole_numbers("codes", codes)[None]))
+            pixels = self.vision_tokenizer.decode(paddle.to_tensor(codes[None]))
         return self.image_processor.postprocess(pixels)["pixel_values"][0]
 
     def vision_encode(self, pixel_values):
@@ -367,7 +374,8 @@ class Emu3Processor:
 
     def calculate_generate_size(self, ratio, image_area, spatial_scale_factor):
         """Codes (h, w) of the picture of an aspect ratio "width:height" nearest to `image_area` pixels."""
-        return generate_size(ratio, image_area, spatial_scale_factor)
+        factor = whole_number("spatial_scale_factor", spatial_scale_factor, "1 or more, a whole number", 1)
+        return generate_size(ratio, image_area, factor)
 
     def decode(self, ids, skip_special_tokens=False):
         """Ids to text and pictures: a string or PIL picture where there is one piece, else a list of them.

@@ -139,6 +139,7 @@ def _read_open(source, most_pixels):
             raise InputError(
                 f"{image.width} x {image.height} pixels are too many: at most {most_pixels} are taken; scale it down"
             )
+        full_size = image.size
         if image.format == "PNG" and image.tile and "transparency" in image.info:
             to_8_bits = TO_8_BITS.get(image.tile[0][3], lambda same: same)
             image.info["transparency"] = to_8_bits(image.info["transparency"])
@@ -148,7 +149,12 @@ def _read_open(source, most_pixels):
         image.load()
         if image.width * image.height > LARGE:
             image = _reduced(image)
-        return _upright(image)
+        shrunk = image.size != full_size
+        image = _upright(image)
+        if shrunk:  # what a message names
+            is_turned = (image.width > image.height) != (full_size[0] > full_size[1])
+            image.info["full_size"] = full_size[::-1] if is_turned else full_size
+        return image
 
 
 def _shrink(image):
@@ -180,10 +186,12 @@ def psnr(a, b):
 def _upright(image):
     """The picture turned as its EXIF orientation says; damaged EXIF says nothing, and the picture is good."""
     image.load()
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # as above
-        return image
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about the same damage
+        try:
+            return ImageOps.exif_transpose(image)
+        except Exception:  # as above
+            return image
 
 
 def to_pil(image):
@@ -270,7 +278,8 @@ def _deep_grey_to_l(image):
     grey = np.empty(values.shape, np.uint8)
     for top in range(0, len(values), 64):  # in bands: float64 takes much memory
         rows = np.nan_to_num(values[top : top + 64].astype(np.float64), nan=0.0)
-        grey[top : top + 64] = np.rint(rows.clip(0) * (255 / white))
+        with np.errstate(invalid="ignore"):  # of a NaN that signals
+            grey[top : top + 64] = np.rint(rows.clip(0) * (255 / white))
     return Image.fromarray(grey)
 
 

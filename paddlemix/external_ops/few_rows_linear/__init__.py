@@ -10,12 +10,13 @@ import functools
 import logging
 import math
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 
 from paddlemix.utils import InputError
 
-from .. import operators, operators_for, wants_gradient
+from .. import build_command, operators, operators_for, wants_gradient
 
 FEW_ROWS = 64  # so many rows are computed while the weights are read once; more go by blocks
 FEW_ROWS_WITHOUT = 16  # without the compiled operators, two rows a time
@@ -74,7 +75,7 @@ def quantize(weight, bits):
         raise InputError(
             f"a weight to quantize must be float [out, in], not empty, got {weight.dtype} {list(weight.shape)}"
         )
-    if ops := operators():
+    if weight.place.is_cpu_place() and (ops := operators()):
         weight, scale = ops.quantize_weight(weight, bits)
     else:
         pieces = [_quantize(weight[rows], bits) for rows in _chunks(weight.shape)]
@@ -99,31 +100,38 @@ def dequantize(weight, scale, in_features):
 def card_takes(x, weight):
     """Whether the CUDA kernel computes this on the card, rightly."""
     fits = x.dtype != paddle.float32 and weight.dtype in (paddle.int8, paddle.uint8) and x.shape[-1] % IN_STEPS == 0
-    return fits and kernel_is_right(x.dtype, 8 if weight.dtype == paddle.int8 else 4, x.place.gpu_device_id())
+    return fits and kernel_fault(x.dtype, 8 if weight.dtype == paddle.int8 else 4, x.place.gpu_device_id()) is None
 
 
 @functools.cache
-def kernel_is_right(dtype, bits, card):
-    """Compares the CUDA kernel with Paddle's product once, for each number of rows that it has a way for."""
-    if paddle.device.cuda.get_device_capability(card) < WITH_TENSOR_CORES:
-        return False
-    place, wrong = paddle.CUDAPlace(card), None
-    weight, scale = (t.to(place) for t in quantize(paddle.cos(paddle.arange(300.0 * 272)).reshape([300, 272]), bits))
+def kernel_fault(dtype, bits, card):
+    """Why the CUDA kernel for this dtype of activations is not used on a card; None where it is.
+
+    It is compared with Paddle's product once, for each number of rows that it has a way for. What is wrong is logged.
+    """
+    capability = paddle.device.cuda.get_device_capability(card)
+    if not hasattr(operators(), "emu3_ops_cuda"):
+        return f"the CUDA operators are not built, `{build_command()}` builds them"
+    if capability < WITH_TENSOR_CORES:
+        return f"the card has compute capability {capability[0]}.{capability[1]}, the kernel needs 8.0"
+    fault, place = None, paddle.CUDAPlace(card)
+    weight = np.cos(np.arange(300 * 272, dtype=np.float32)).reshape([300, 272])
+    quantized = quantize(paddle.to_tensor(weight, place=paddle.CPUPlace()), bits)
+    weight, scale = (tensor.to(place) for tensor in quantized)
     try:
         for rows in (2, 16, 34, 70):
-            x = paddle.sin(paddle.arange(rows * 272.0)).reshape([rows, 272]).astype(dtype).to(place)
+            x = np.sin(np.arange(rows * 272, dtype=np.float32)).reshape([rows, 272])
+            x = paddle.to_tensor(x, place=place).astype(dtype)
             found = operators().few_rows_linear(x, weight, scale).astype("float32")
             right = paddle.matmul(x.astype("float32"), dequantize(weight, scale, 272), transpose_y=True)
             error = float((found - right).abs().max() / right.abs().max())
             if not error < TOLERANCE:
-                wrong = f"errs by {error:.2g} with {rows} rows"
+                fault = f"the int{bits} kernel errs by {error:.2g} with {rows} rows on this card"
     except (RuntimeError, OSError, ValueError) as error:  # CUDA's own errors come as OSError
-        wrong = f"fails ({' '.join(str(error).split())[:200]})"
-    if wrong:
-        logging.getLogger(__name__).warning(
-            "the int%d kernel %s on this card: Paddle's products are used, slower", bits, wrong
-        )
-    return wrong is None
+        fault = f"the int{bits} kernel fails on this card ({' '.join(str(error).split())[:200]})"
+    if fault:
+        logging.getLogger(__name__).warning("%s: Paddle's products are used, slower", fault)
+    return fault
 
 
 def _check(in_features, weight, scale):

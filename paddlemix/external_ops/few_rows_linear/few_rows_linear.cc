@@ -40,6 +40,7 @@ std::vector<Tensor> FewRowsLinear(const Tensor& x, const Tensor& weight, const p
 }
 
 std::vector<Tensor> QuantizeWeight(const Tensor& weight, int bits) {
+  PD_CHECK(weight.is_cpu(), "quantize_weight computes on a CPU");
   const int64_t out = weight.shape()[0], in = weight.shape()[1];
   const int64_t groups = (in + few_rows_linear::GROUP - 1) / few_rows_linear::GROUP;
   const auto place = weight.place();

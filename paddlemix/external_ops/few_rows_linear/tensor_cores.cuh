@@ -1,5 +1,6 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// What the tensor cores of compute capability 8.0 and later do for quantized.cuh, and pairs of 16-bit numbers.
+// What the tensor cores of compute capability 8.0 and later do for quantized.cuh, and pairs of 16-bit numbers. Compiled
+// for an older card it does nothing: Python does not call it there.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,9 +9,13 @@
 
 #include <cstdint>
 
+__device__ inline __half narrow(float x, __half) { return __float2half_rn(x); }
+__device__ inline __nv_bfloat16 narrow(float x, __nv_bfloat16) { return __float2bfloat16_rn(x); }
+
 // sum [16, 8] += a [16, 16] times b [16, 8], by a warp. With row = lane / 4 and pair = lane % 4, a lane holds of a the
 // pairs (row, pair), (row + 8, pair), (row, pair + 4), (row + 8, pair + 4), of b pairs of its column `row`: pair and
 // pair + 4, and of sum (row, 2 pair), (row, 2 pair + 1), and the same of row + 8.
+#if __CUDA_ARCH__ >= 800
 __device__ inline void multiply(float sum[4], const uint32_t a[4], const uint32_t b[2], __half) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
@@ -40,9 +45,6 @@ __device__ inline uint32_t subtract(uint32_t pair, float number, __nv_bfloat16) 
   return pair;
 }
 
-__device__ inline __half narrow(float x, __half) { return __float2half_rn(x); }
-__device__ inline __nv_bfloat16 narrow(float x, __nv_bfloat16) { return __float2bfloat16_rn(x); }
-
 // Two numbers in a word, the first in the low half.
 __device__ inline uint32_t both(float first, float second, __nv_bfloat16) {
   const __nv_bfloat162 x = __floats2bfloat162_rn(first, second);
@@ -50,3 +52,16 @@ __device__ inline uint32_t both(float first, float second, __nv_bfloat16) {
   memcpy(&pair, &x, 4);
   return pair;
 }
+
+#else
+template <class T>
+__device__ inline void multiply(float[4], const uint32_t[4], const uint32_t[2], T) {}
+template <class T>
+__device__ inline uint32_t subtract(uint32_t pair, float, T) {
+  return pair;
+}
+template <class T>
+__device__ inline uint32_t both(float, float, T) {
+  return 0;
+}
+#endif

@@ -278,5 +278,7 @@ def _assign(target, file, name, dtype, on_bytes):
         stored = DTYPES[file.dtypes[name]]
         is_wide = stored in ("float32", "float64") or name.endswith("_scale")  # the operators take float32 scales
         is_embedding = name.endswith("embed_tokens.weight")
-        dtype = (half_dtype() if is_embedding else "float32") if is_wide else stored
+        if is_embedding and stored != "float16":
+            stored = half_dtype()
+        dtype = "float32" if is_wide and not is_embedding else stored
     share(file.read(name, np.dtype(dtype), on_bytes), target)

@@ -263,11 +263,11 @@ class Emu3Config(_Config):
             or set(scaling) != {"type", "factor"}
             or scaling["type"] not in ("linear", "dynamic")
             or not isinstance(factor, float)
-            or not 1.0 < factor < float("inf")
+            or not 1.0 < factor <= 1e6
         ):
             raise InputError(
-                "config: rope_scaling must be null or {'type': 'linear' or 'dynamic', 'factor': a float above 1}, "
-                f"got {reprlib.repr(scaling)}"
+                "config: rope_scaling must be null or {'type': 'linear' or 'dynamic', 'factor': a float above 1 "
+                f"and at most 1e6}}, got {reprlib.repr(scaling)}"
             )
 
 

@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The name of a checkpoint to the folder of its files: a directory, a hub name, or the checkpoint in the package."""
 
+import os
 import re
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def fetch(name_or_path, required, optional=(), part="language_model"):
             )
         path = _fetch_from_hub(name[1], name[2], required, optional)
     for name in required:
+        if os.path.lexists(path / name) and not (path / name).is_file():
+            raise InputError(f"{path / name} is not a regular file: download it again")
         if not (path / name).is_file():
             raise InputError(
                 f"{str(name_or_path)!r} has no {name}: it is not a whole Emu3 checkpoint, or not the one for this; "

@@ -47,6 +47,13 @@ class PaddleNLPGenerate(GenerationMixin):
         if mask is not None and not paddle.is_tensor(mask):
             raise InputError(f"generate takes attention_mask as a Paddle tensor, got {kind_of(mask)}: {advice}")
         if input_ids is not None:
+            length = input_ids.shape[1]
+            if mask is not None and mask.shape[-1] != length:
+                raise InputError(f"the attention_mask must be as long as the {length} ids, got {mask.shape}: {advice}")
+            low, high, size = int(input_ids.min()), int(input_ids.max()), self.config.vocab_size
+            if low < 0 or high >= size:
+                raise InputError(f"generate takes ids from 0 to {size - 1}, got {low} to {high}")
+            input_ids = input_ids.astype("int64")
             is_own = input_ids != self.config.pad_token_id if mask is None else _padding_mask(mask).astype("bool")
             if not bool(is_own[:, -1].all()):
                 raise InputError(f"generate takes prompts that are padded on the left, not on the right: {advice}")

@@ -59,7 +59,7 @@ def _check_error_handler(errors):
         b"\xff".decode("utf-8", errors)
     except UnicodeDecodeError:  # "strict"
         pass
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, ValueError):  # unknown, of another type, with a character that names cannot have
         raise InputError(
             f"errors={reprlib.repr(errors)} is not what bytes.decode takes: give 'replace', 'ignore' or 'strict'"
         ) from None
@@ -180,7 +180,7 @@ class Emu3Tokenizer:
         self._roles = {name: t.get("content") if isinstance(t, dict) else t for name, t in roles.items()}
         for name, token in self._roles.items():
             if not isinstance(token, str) or token not in specials:
-                raise InputError(f"{name}={reprlib.repr(token)} is not a special token of {special_tokens_file}")
+                raise InputError(f"{name}={reprlib.repr(token)} is not one of the tokens in {SPECIAL_TOKENS_FILE}")
 
     @classmethod
     def from_pretrained(cls, name_or_dir, *, revision=None, **overrides):
@@ -192,7 +192,12 @@ class Emu3Tokenizer:
         directory = fetch(name_or_dir, [VOCAB_FILE, SPECIAL_TOKENS_FILE], [CONFIG_FILE])
         config = read_json(directory / CONFIG_FILE) if os.path.lexists(directory / CONFIG_FILE) else {}
         config.update(vocab_file=directory / VOCAB_FILE, special_tokens_file=directory / SPECIAL_TOKENS_FILE)
-        return cls(**{**config, **overrides})
+        try:
+            return cls(**{**config, **overrides})
+        except InputError as error:
+            if str(directory) in str(error):  # it names another file
+                raise
+            raise InputError(f"{directory / CONFIG_FILE}: {error}") from None
 
     def save_vocabulary(self, directory):
         """Write emu3.tiktoken and emu3_vision_tokens.txt; returns their two paths as str."""
