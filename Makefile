@@ -30,10 +30,12 @@ MINI_RUN ?= mini_run
 FUZZ_SECONDS ?= 600
 KILLS ?= 100
 
-.PHONY: help venv ops demo eval mini bench lint test fuzz clean asked-again
+.PHONY: help venv ops demo serve eval mini bench lint test fuzz clean asked-again
 
 help:
 	@echo "make demo   generate, understand and autoencode with Emu3-Mini, which comes with the package; into $(OUT)/"
+	@echo "make serve  a service with Emu3-Mini at http://127.0.0.1:8000, a page included; SERVE=--port=8080 is an option of it,"
+	@echo "            SERVE=--help lists them"
 	@echo "make eval   measure Emu3-Mini on scenes that its training left out"
 	@echo "make mini   train Emu3-Mini from scratch with PyTorch, from data to files: hours on a CPU"
 	@echo "make ops    compile the custom operators into .venv (paddlemix/external_ops)"
@@ -42,7 +44,7 @@ help:
 	@echo "make lint   ruff only"
 	@echo "make venv   .venv with all that is needed; the others make it themselves; .venv/bin/emu3 lists the commands"
 	@echo "make bench  side by side with transformers, into benchmarks/RESULTS.md; BENCH=--quick takes minutes, not an hour;"
-	@echo "            BENCH=operators, released, quality or loading are the other benchmarks, BENCH=--help lists them"
+	@echo "            BENCH=operators, released, quality, serving or loading are the other benchmarks, BENCH=--help lists them"
 	@echo "make clean  remove all of that"
 	@echo
 	@echo "PYTHON=...  the Python to use: 3.10, 3.11 or 3.12"
@@ -92,6 +94,9 @@ demo: venv
 	@$(EMU3) understand "What colour is the triangle?" "Please describe the image" "背景是什么颜色？" \
 		--model_path=emu3-mini --dtype=float32 --image_path=$(SCENE)
 	@$(EMU3) autoencode --model_path=emu3-mini --image_path=$(PICTURE) --output_dir=$(OUT)
+
+serve: venv
+	@$(EMU3) serve --model_path=emu3-mini $(SERVE)
 
 eval: venv
 	$(RUN) $(MINI)/evaluate.py

@@ -21,7 +21,9 @@ setup(
         include=["paddlemix", "paddlemix.*"], exclude=["*.build", "*.build.*", "*.egg-info"]
     ),
     package_data={
-        "": ["*.png", "*.json", "*.md", "*.txt", "*.tiktoken", "*.safetensors", "*.cc", "*.cu", "*.cuh", "*.h"],
+        "": [
+            "*.png", "*.json", "*.md", "*.txt", "*.html", "*.tiktoken", "*.safetensors", "*.cc", "*.cu", "*.cuh", "*.h",
+        ],  # fmt: skip
     },
     install_requires=install_requires,
     entry_points={"console_scripts": ["emu3 = paddlemix.commands.__main__:main"]},

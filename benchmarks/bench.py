@@ -28,6 +28,7 @@ COMMANDS = {
     "operators": "the custom operators on a CPU, beside Paddle, PyTorch and the read bandwidth",
     "released": "the released language model's size: loading and forward passes",
     "quality": "what bfloat16, int8 and int4 weights cost: Emu3-Mini beside itself in float32",
+    "serving": "many clients at once: throughput and latency of the service's engine",
     "loading": "peak memory and time of loading a checkpoint",
 }
 

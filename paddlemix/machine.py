@@ -13,6 +13,10 @@ from paddlemix.paddle_private import free_card_memory, set_num_threads, use_full
 from paddlemix.utils import InputError
 
 
+class NotEnoughMemory(InputError):
+    """What was asked for does not fit into the memory that is free now."""
+
+
 def start_paddle(device=None, quiet=True):
     """Import Paddle without its notices, with all cores, on a device.
 
@@ -140,13 +144,13 @@ def half_dtype():
 
 
 def require_memory(size, purpose):
-    """InputError where the device has less than `size` bytes free."""
+    """NotEnoughMemory, an InputError, where the device has less than `size` bytes free."""
     import paddle
 
     free = free_memory()
     if size > free:
         place = "memory" if paddle.get_device() == "cpu" else "memory on the card"
-        raise InputError(
+        raise NotEnoughMemory(
             f"{size / 1e9:.1f} GB of {place} {purpose} are needed and {free / 1e9:.1f} GB are free: close other "
             "programs, use a machine with more, or take a smaller dtype where the device has one"
         )

@@ -12,6 +12,7 @@ from conftest import write_checkpoint
 from test_generation import GRAMMAR, NEGATIVE, PROMPTS
 
 from paddlemix import external_ops
+from paddlemix.machine import NotEnoughMemory
 from paddlemix.models.emu3 import Answer, Batch, Drawing, Emu3ForCausalLM, Sampling, cache, decoding
 from paddlemix.models.emu3.sampling import GREEDY
 
@@ -266,6 +267,84 @@ def test_dynamic_positions(tmp_path):
     alone = [run(model, [one()])[0] for one in make]
     assert run(model, [one() for one in make], "jacobi", 3) == alone
     assert run(model, [one() for one in make], seed=1) == alone
+    prompts = [LONG, LONG, [*LONG[:60], 3]]
+    alone = [run(model, [RecordedAnswer(prompt, 5, model.config)])[0] for prompt in prompts]
+    answers, batch = [RecordedAnswer(prompt, 5, model.config) for prompt in prompts], Batch(model, prefix_tokens=400)
+    for answer in answers:
+        batch.join(answer)
+        while batch:
+            batch.step()
+    assert [(answer.result, answer.seen) for answer in answers] == alone
+    assert [answer.reused for answer in answers] == [0, 68, 0]  # keys of a prompt of another length are others
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_prompt_that_begins_as_another_is_not_read_again(model, kept):
+    """Whole chunks of 24 tokens, or all of the same prompt; of a row that was kept, or that is here."""
+    prompts = [(LONG, 68), ([*LONG[:60], 9, 8, 7], 48), ([*LONG[:50], 3, *LONG], 48), (LONG[:49], 48), (LONG[:48], 24)]
+    prompts += [(LONG[:20], 0), ([1, *LONG], 0)]
+    drawing = requests(model.config)[0]
+    [expected_drawing] = run(model, [drawing()])
+    for prompt, reused in prompts:
+        [expected] = run(model, [RecordedAnswer(prompt, 5, model.config)])
+        batch, first = Batch(model, prefix_tokens=400 if kept else 0), Answer(LONG, 12, model.config)
+        again, beside = RecordedAnswer(prompt, 5, model.config), drawing()
+        batch.join(first)
+        while kept and batch:
+            batch.step()
+        batch.join(beside)  # it must not write where a prompt is kept
+        batch.join(again)
+        while batch:
+            batch.step()
+        assert (again.result, again.seen, again.reused) == (*expected, reused)
+        assert (beside.result, beside.seen, beside.reused) == (*expected_drawing, 0)
+        assert bool(batch.kept) == kept
+
+
+def test_kept_prompts_are_bounded_and_given_up(model, monkeypatch):
+    def answer(batch, prompt):
+        sequence = Answer(prompt, 3, model.config)
+        batch.join(sequence)
+        while batch:
+            batch.step()
+        return sequence.reused
+
+    prompts = [[i, *LONG] for i in range(1, 7)]
+    batch = Batch(model, "step", prefix_tokens=3 * 100)
+    assert [answer(batch, prompt) for prompt in prompts] == [0] * 6
+    most = len(batch.kept)
+    assert 2 <= most == 300 // batch.cache.capacity and batch.cache.slots == most + 1
+    assert answer(batch, prompts[-most]) == 69  # the last ones are kept, and this one is now the newest
+    assert answer(batch, [9, *LONG]) == 0 and answer(batch, prompts[-most]) == 69
+    assert answer(batch, prompts[0]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.KVCache, "_require_memory", lambda self, slots, *_: require(slots <= most))
+        batch.join(*(Drawing(PROMPTS[0], (3, 5), GRAMMAR, None, 1) for _ in range(most)))
+        with pytest.raises(NotEnoughMemory):
+            batch.join(Drawing(PROMPTS[0], (3, 5), GRAMMAR, None, 1))
+    assert not batch.kept
+    while batch:
+        batch.step()
+    assert answer(batch, prompts[0]) == 0 and answer(batch, prompts[0]) == 69
+    batch.give_up()
+    assert batch.cache is None and answer(batch, prompts[0]) == 0
+
+
+def require(fits):
+    if not fits:
+        raise NotEnoughMemory
+
+
+def test_some_sequences_take_a_step(model):
+    make = requests(model.config)
+    expected = [run(model, [one()])[0] for one in make]
+    batch, sequences = Batch(model, "step"), [one() for one in make]
+    for sequence in sequences:
+        batch.join(sequence)
+    while batch:
+        for sequence in sequences:
+            assert {other for other, _ in batch.step([sequence])} <= {sequence}
+    assert [(sequence.result, sequence.seen) for sequence in sequences] == expected
 
 
 def test_results_do_not_come_from_noise_alone(model):

@@ -199,7 +199,7 @@ def test_commands_in_one_folder_take_names_of_their_own(tmp_path):
     """Many at once, each of several pictures: none overwrites another's."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from paddlemix.commands.files import save_results
+    from paddlemix.results import save_results
 
     def save(i):
         return save_results([Image.new("RGB", (8, 8), (i, j, 0)) for j in range(5)], tmp_path, [{"n": i}] * 5)
@@ -213,7 +213,7 @@ def test_commands_in_one_folder_take_names_of_their_own(tmp_path):
 
 
 def test_a_result_that_cannot_be_written_leaves_no_empty_file(tmp_path, monkeypatch):
-    from paddlemix.commands.files import save_results
+    from paddlemix.results import save_results
 
     save, calls = Image.Image.save, []
 

@@ -15,7 +15,13 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import paddlemix
-from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor, load_image, psnr, smart_resize
+from paddlemix.processors.image_processing_emu3 import (
+    Emu3VisionVQImageProcessor,
+    load_image,
+    picture_of_bytes,
+    psnr,
+    smart_resize,
+)
 from paddlemix.utils import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -501,6 +507,29 @@ def test_load_image_refuses_what_it_cannot_read(tmp_path):
     assert "not a picture that Pillow can read" in refusal(tmp_path / "text.png")
     (tmp_path / "empty.png").touch()
     assert "not a picture that Pillow can read" in refusal(tmp_path / "empty.png")
+
+
+def test_a_picture_of_bytes(colours):
+    """Only of the usual formats: some of Pillow's readers start other programs."""
+    def saved(format, **options):
+        file = io.BytesIO()
+        Image.fromarray(colours).save(file, format, **options)
+        return file.getvalue()
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert picture_of_bytes(saved("JPEG", exif=exif)).size == (HEIGHT, WIDTH)
+    for format in ("PNG", "BMP"):
+        np.testing.assert_array_equal(np.asarray(picture_of_bytes(saved(format))), colours)
+    pixels = HEIGHT * WIDTH
+    assert picture_of_bytes(saved("PNG"), most_pixels=pixels).size == (WIDTH, HEIGHT)
+    for data, most, words in (
+        (saved("PNG"), pixels - 1, f"image 1: 48 x 32 pixels are too many: at most {pixels - 1}"),
+        (saved("EPS"), None, "image 1: not a picture"), (saved("TIFF"), None, "image 1: not a picture"),
+        (b"", None, "image 1: not a picture"), (saved("PNG")[:-30], None, "image 1: cannot be read"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            picture_of_bytes(data, "image 1", most)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])

@@ -146,6 +146,62 @@ def test_chat_template(processor, vision_model):
             prompt(template, "why?")
 
 
+def test_conversations(processor):
+    """A turn is the template's; a later one is what the model had read and written, and the template's from USER on."""
+    t, codes = processor.tokenizer, processor.tokenize_image(IMAGES[:2])
+    pictures = [processor.grammar.encode(c) for c in codes]
+    [one] = processor("why?", IMAGES[0], mode="U")["input_ids"]
+    assert processor.chat_prompt([("user", [codes[0], "why?"])]) == one
+    assert processor.chat_prompt([("user", ["why?", codes[0]])]) == one
+    assert processor.chat_prompt([("user", [codes[0]]), ("user", ["why?"])]) == one
+    turns = [("user", [codes[0], "why?"]), ("assistant", ["<|extra_204|>"]), ("user", ["and", *codes, "this?"])]
+    answer = t.encode("<|extra_204|>", allow_special=False)
+    two = [*one, *answer, t.eos_token_id, *t.encode(" USER: "), *pictures[0], *pictures[1]]
+    two += t.encode("and this?. ASSISTANT:")
+    assert processor.chat_prompt(turns) == two
+    system = [t.bos_token_id, *t.encode("Be brief."), *t.encode(" USER: "), *t.encode("why?. ASSISTANT:")]
+    assert processor.chat_prompt([("system", ["Be brief."]), ("user", ["why?"])]) == system
+    stage1 = Emu3Processor(processor.image_processor, processor.vision_tokenizer, t, "{image_prompt}{text_prompt}")
+    expected = [t.bos_token_id, *t.encode("a"), *t.encode("b"), t.eos_token_id, *pictures[1], *t.encode("c")]
+    assert stage1.chat_prompt([("user", ["a"]), ("assistant", ["b"]), ("user", [codes[1], "c"])]) == expected
+
+
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [
+        ([], "from user to user"), ([("assistant", ["a"])], "from user to user"),
+        ([("user", ["a"]), ("assistant", ["b"])], "from user to user"),
+        ([("assistant", ["a"]), ("user", ["b"])], "from user to user"),
+        ([("user", ["a"]), ("system", ["b"]), ("user", ["c"])], "system only"), ([("user", [])], "is empty"),
+        ([("tool", ["a"])], "got 'tool'"), ([("system", [np.zeros([1, 1], int)]), ("user", ["a"])], "of system"),
+        ([("user", [np.zeros([1], int)])], "codes must be"),
+    ],
+)  # fmt: skip
+def test_no_conversations(processor, turns, words):
+    with pytest.raises(ValueError, match=words):
+        processor.chat_prompt(turns)
+
+
+def test_pictures_of_a_conversation_share_the_positions(processor):
+    turns = [("user", [IMAGES[1], "what?"]), ("assistant", ["a"]), ("user", [IMAGES[1], IMAGES[2], "and?"])]
+    sizes = processor.chat_sizes(turns)
+    assert sizes == [processor.question_size(i.height, i.width) for i in (IMAGES[1], IMAGES[1], IMAGES[2])]
+
+    def length(positions):
+        sizes = iter(processor.chat_sizes(turns, positions))
+        codes = [(r, [p if isinstance(p, str) else np.zeros([s // 8 for s in next(sizes)], int) for p in parts])
+                 for r, parts in turns]  # fmt: skip
+        return len(processor.chat_prompt(codes))
+
+    whole = length(None)
+    assert length(whole + 1) == whole
+    for positions in (whole, 400, 250):
+        assert length(positions) < positions
+    assert processor.chat_sizes(turns[:1], 150) == [processor.question_size(120, 160, 21, 150)]
+    with pytest.raises(ValueError, match="no room for the picture beside the others; shorten"):
+        processor.chat_sizes(turns, 40)
+
+
 @pytest.mark.parametrize("entry", golden("generate_size.json"))
 def test_golden_generate_size(entry):
     assert list(generate_size(entry["ratio"], entry["image_area"])) == entry["out"]

@@ -131,7 +131,7 @@ def test_help_imports_nothing_large(verb, tmp_path):
 def test_each_verb_takes_what_its_script_takes(command):
     scripts = {
         "generate": "run_generation_inference.py", "understand": "run_understanding_inference.py",
-        "autoencode": "autoencode.py",
+        "autoencode": "autoencode.py", "serve": "serve.py",
     }  # fmt: skip
     for verb, script in scripts.items():
         verbs, scripts = (set(re.findall(r"--\w+", command(name, "--help")[1])) for name in (verb, script))

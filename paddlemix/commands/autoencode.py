@@ -3,12 +3,13 @@
 
 from pathlib import Path
 
+from paddlemix.results import save_picture
+
 from .console import Loading, make_parser, progress_bar, say
 from .files import (
     frame_paths,
     load_pictures,
     refuse_to_overwrite,
-    save_picture,
     side_by_side,
     write_stats,
     wrote,

@@ -290,7 +290,7 @@ def _check_swallowed(args):
 def _check_outputs(args):
     """Hours of work must not end in a folder that cannot be written."""
     folders, files = [], []
-    if hasattr(args, "output_dir"):
+    if getattr(args, "output_dir", None) is not None:
         try:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:

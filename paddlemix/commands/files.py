@@ -8,7 +8,8 @@ from itertools import product
 from pathlib import Path
 
 from paddlemix.machine import peak_memory
-from paddlemix.utils import InputError, replacing, write_atomically
+from paddlemix.results import save_picture
+from paddlemix.utils import InputError, write_atomically
 
 from .console import note, say
 
@@ -59,52 +60,6 @@ def refuse_to_overwrite(paths, inputs):
     for path, given in product(paths, inputs):
         if os.path.exists(path) and os.path.exists(given) and os.path.samefile(path, given):
             raise InputError(f"{given} would be overwritten by the result {path}: give another --output_dir")
-
-
-def claim_paths(folder, stem, count, suffix, own=None):
-    """The next `count` paths stem_N + suffix that no result has, finished or not, but for `own`: empty files, made
-    here, so that no other command takes the same names."""
-    import re
-
-    names = [p.name for p in Path(folder).iterdir() if p != own]
-    taken = [re.fullmatch(rf"{stem}_(\d+)\.(png|tokens\.npz)", name) for name in names]
-    number, paths = max((int(m[1]) + 1 for m in taken if m), default=0), []
-    while len(paths) < count:
-        path = Path(folder) / f"{stem}_{number}{suffix}"
-        number += 1
-        try:
-            path.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        paths.append(path)
-    return paths
-
-
-def save_results(images, folder, texts, own=None):
-    """Write pictures under names of their own; returns their paths. What cannot be written leaves no empty file."""
-    paths, written = claim_paths(folder, "result", len(images), ".png", own), 0
-    try:
-        for path, image, text in zip(paths, images, texts, strict=True):
-            save_picture(image, path, text)
-            written += 1
-    finally:
-        for path in paths[written:]:
-            path.unlink(missing_ok=True)
-    return paths
-
-
-def save_picture(image, path, text=None):
-    """Write a PNG whole or not at all; `text` goes into its metadata."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, value in (text or {}).items():
-        info.add_itxt(key, str(value))
-    try:
-        with replacing(path) as temporary:
-            image.save(temporary, format="PNG", pnginfo=info)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}: give another --output_dir") from None
 
 
 class Preview:

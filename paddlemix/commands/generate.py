@@ -1,10 +1,11 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Text-to-image: draw pictures from prompts."""
 
+from paddlemix.results import save_results
 from paddlemix.utils import InputError
 
 from .console import Loading, Stopwatch, add_texts, integer, make_parser, note, number, progress_bar, say
-from .files import Preview, save_results, write_stats, wrote
+from .files import Preview, write_stats, wrote
 from .language_model import add_dtype, add_model_paths, make_pipeline, note_dtype
 from .unfinished import Unfinished, fingerprint
 

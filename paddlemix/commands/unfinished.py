@@ -9,10 +9,10 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from paddlemix.results import claim_paths
 from paddlemix.utils import InputError, write_atomically
 
 from .console import note
-from .files import claim_paths
 
 SUFFIX = ".tokens.npz"
 MOST_BYTES = 1 << 28  # of all tokens in a file: more than any drawing has

@@ -26,7 +26,7 @@ from paddlemix.processors.emu3_processing import (
     generate_size,
 )
 from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor
-from paddlemix.utils import InputError, read_json, whole_number
+from paddlemix.utils import InputError, read_json, shown, whole_number
 
 from .steps import Generation, Reconstruction, Understanding
 
@@ -156,6 +156,7 @@ class Emu3Pipeline:
         top_p=None,
         seed=None,
         decoding="auto",
+        batch=None,
     ):
         """A Generation: iterate over it to draw, ask it for previews and pictures.
 
@@ -169,22 +170,38 @@ class Emu3Pipeline:
             temperature, top_k, top_p: as Sampling takes them. What is None comes from the checkpoint.
             seed: the same seed gives the same pictures; None is a new one, which the Generation tells.
             decoding: as decoding.Batch takes it.
+            batch: the Batch that the caller lets its `drawings` join one by one, whose memory counts as free.
 
         Raises:
             InputError: values that cannot be, before anything is loaded; then what loading raises.
         """
-        given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        given = {name: value for name, value in given.items() if value is not None}
-        checked = check_values(**given, seed=0 if seed is None else seed)
-        given, seed = {name: checked[name] for name in given}, None if seed is None else checked["seed"]
-        prompts, ratios, area = self._pictures(prompt, ratio, height, width, num_images)
+        prompts, ratios, area, given, seed = self.check_generate(
+            prompt, negative_prompt=negative_prompt, ratio=ratio, height=height, width=width, num_images=num_images,
+            guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        )  # fmt: skip
         values = {**self.defaults, **given}
         seed = secrets.randbits(32) if seed is None else seed
         negative = NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
         how = {"ratio": ratios, "image_area": area}
         positive = self.processor([text + POSITIVE_PROMPT for text in prompts], **how)
         negatives = self.processor([negative] * len(prompts), **how)["input_ids"]
-        return Generation(self, prompts, ratios, positive, negatives, negative, values, seed, decoding)
+        return Generation(self, prompts, ratios, positive, negatives, negative, values, seed, decoding, batch)
+
+    def check_generate(
+        self, prompt, *, negative_prompt=None, ratio=None, height=None, width=None, num_images=1, seed=None, **values
+    ):  # fmt: skip
+        """What `generate_steps` does first: InputError for values that cannot be. Nothing is loaded.
+
+        Returns:
+            of each picture the prompt and the ratio, two lists; how many pixels they have; the values that are not
+            None, a dict, and the seed or None, as Python's own numbers.
+        """
+        given = {name: value for name, value in values.items() if value is not None}
+        checked = check_values(**given, seed=0 if seed is None else seed)
+        if not isinstance(negative_prompt, (str, type(None))):
+            raise InputError(f"negative_prompt must be a text, got {shown(negative_prompt)}")
+        pictures = self._pictures(prompt, ratio, height, width, num_images)
+        return *pictures, {name: checked[name] for name in given}, None if seed is None else checked["seed"]
 
     def _pictures(self, prompt, ratio, height, width, num_images):
         """A prompt and a ratio for each picture, and how many pixels they have."""
@@ -245,16 +262,9 @@ class Emu3Pipeline:
         Raises:
             InputError: values that cannot be, before anything is loaded; then what loading raises.
         """
-        from paddlemix.models.emu3.sampling import GREEDY, Sampling
-
         if max_new_tokens is not None:
             max_new_tokens = whole_number("max_new_tokens", max_new_tokens, "1 or more, a whole number", 1)
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        given = {name: value for name, value in given.items() if value is not None}
-        is_greedy = not given or temperature == 0
-        given = {"top_k": 0, **given, **({"temperature": 1.0} if is_greedy else {})}
-        sampling = Sampling(**given, seed=seed)
-        sampling = GREEDY if is_greedy else sampling
+        sampling = answer_sampling(temperature, top_k, top_p, seed)
         images, questions = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (image, question))
         if not images or not questions or not all(isinstance(text, str) for text in questions):
             raise InputError("give at least one picture, and at least one question, each a text")
@@ -328,3 +338,15 @@ def check_values(guidance_scale=1, **sampling):
     from paddlemix.models.emu3.sampling import Sampling, check_guidance_scale
 
     return {"guidance_scale": check_guidance_scale(guidance_scale), **asdict(Sampling(**sampling))}
+
+
+def answer_sampling(temperature=None, top_k=None, top_p=None, seed=0):
+    """The Sampling of an answer: greedy unless one of the first three is given, and at a temperature of 0."""
+    from paddlemix.models.emu3.sampling import GREEDY, Sampling
+
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given = {name: value for name, value in given.items() if value is not None}
+    is_greedy = not given or temperature == 0
+    given = {"top_k": 0, **given, **({"temperature": 1.0} if is_greedy else {})}
+    sampling = Sampling(**given, seed=seed)
+    return GREEDY if is_greedy else sampling

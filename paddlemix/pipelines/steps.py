@@ -39,14 +39,17 @@ class Generation:
     in all, `notes` what a user should know, `forward_passes` how many the drawing took.
     """
 
-    def __init__(self, pipeline, prompts, ratios, positive, negatives, negative_prompt, values, seed, decoding):
+    def __init__(
+        self, pipeline, prompts, ratios, positive, negatives, negative_prompt, values, seed, decoding,
+        batch=None,
+    ):  # fmt: skip
         self.pipeline, self.decoding, self.seed, self.values = pipeline, decoding, seed, values
         self.prompts, self.ratios, self.negative_prompt = prompts, ratios, negative_prompt
         self.codes = [tuple(size) for size in positive["image_size"]]
         self.rows = positive["input_ids"], negatives
         self.factor = pipeline.processor.vision_tokenizer.spatial_scale_factor
         self.sizes = [(h * self.factor, w * self.factor) for h, w in self.codes]
-        self._check_sizes()
+        self._check_sizes(batch)
         self.notes = list(dict.fromkeys(filter(None, map(self._note, range(len(prompts))))))
         self.forward_passes = 0
         self.drawings = None
@@ -117,35 +120,39 @@ class Generation:
 
     def images(self):
         """The PIL pictures, grey where nothing is drawn yet."""
+        return [self.image(i) for i in range(len(self.drawings))]
+
+    def image(self, i):
+        """The PIL picture `i`, grey where nothing is drawn yet."""
         from PIL import Image
 
-        images = []
-        for drawing, (height, width) in zip(self.drawings, self.sizes, strict=True):
-            codes = drawing.codes()
-            image = self.pipeline.processor.decode_image(codes) if len(codes) else None
-            if image is None or image.height < height:
-                whole = Image.new("RGB", (width, height), "grey")
-                if image is not None:
-                    whole.paste(image, (0, 0))
-                image = whole
-            images.append(image)
-        return images
+        codes, (height, width) = self.drawings[i].codes(), self.sizes[i]
+        image = self.pipeline.processor.decode_image(codes) if len(codes) else None
+        if image is not None and image.height == height:
+            return image
+        whole = Image.new("RGB", (width, height), "grey")
+        if image is not None:
+            whole.paste(image, (0, 0))
+        return whole
 
-    def _check_sizes(self):
+    def _check_sizes(self, batch):
         """InputError where the model or the memory cannot take what is asked for: before any work is done."""
         from paddlemix.models.emu3.cache import cache_bytes
 
         config, limit = self.pipeline.config, self.pipeline.config.max_position_embeddings
-        tokens = 0
+        tokens = [0] * len(self.codes)  # of each picture
         for i, (h, w) in enumerate(self.codes):
             for name, rows in zip(("prompt", "negative_prompt")[: 1 + self.is_guided], self.rows):
                 length = len(rows[i])
                 if length > limit:
                     raise InputError(f"the {name} has {length} tokens, the model has {limit} positions: shorten it")
-                tokens += length + h * (w + 1)
+                tokens[i] += length + h * (w + 1)
         self._require_memory_to_decode()
-        purpose = f"for the keys and values of {tokens} tokens, {len(self.codes)} pictures at once"
-        require_memory(cache_bytes(config, tokens, self.pipeline.dtype), purpose)
+        if batch is not None:
+            batch.require_memory(max(tokens))
+        else:
+            purpose = f"for the keys and values of {sum(tokens)} tokens, {len(self.codes)} pictures at once"
+            require_memory(cache_bytes(config, sum(tokens), self.pipeline.dtype), purpose)
 
     def _require_memory_to_decode(self):
         for h, w in set(self.codes):
@@ -243,8 +250,12 @@ class Understanding:
             yield [self._new_text(i) for i in range(len(self.answers))]
 
     def _new_text(self, i):
-        text = self.pipeline.processor.tokenizer.decode(self.answers[i].ids, skip_special_tokens=True)
-        if not self.answers[i].is_done:
-            text = text.rstrip("\ufffd")  # a character's other bytes may come yet
+        text = answer_text(self.pipeline.processor.tokenizer, self.answers[i])
         new, self.texts[i] = text[len(self.texts[i]) :], text
         return new
+
+
+def answer_text(tokenizer, answer):
+    """The text of an Answer up to now, in whole characters."""
+    text = tokenizer.decode(answer.ids, skip_special_tokens=True)
+    return text if answer.is_done else text.rstrip("\ufffd")  # a character's other bytes may come yet

@@ -21,6 +21,7 @@ NEGATIVE_PROMPT = (
 CHAT_TEMPLATE = "You are a helpful assistant. USER: {image_prompt}{text_prompt}. ASSISTANT:"
 LARGEST_AREA = 1e15  # in pixels: more than any memory holds
 IMAGE_SLOT, TEXT_SLOT = "{image_prompt}", "{text_prompt}"
+USER = re.compile(r"\s*USER:")  # where a template's part begins that each turn of a conversation repeats
 
 
 def check_chat_template(template):
@@ -61,6 +62,35 @@ def largest_size(ratio, tokens, grammar, factor=8):
         if max(grammar.num_tokens(*s) for s in sizes) <= tokens:
             return size
     return None
+
+
+def merge_turns(turns):
+    """Turns as `chat_prompt` takes them -> [(role, texts, pictures)], neighbours of one role as one.
+
+    InputError: they are not a conversation.
+    """
+    merged = []
+    for role, parts in turns:
+        texts = [part for part in parts if isinstance(part, str)]
+        pictures = [part for part in parts if not isinstance(part, str)]
+        if role not in ("system", "user", "assistant"):
+            raise InputError(f"a turn is of system, user or assistant, got {shown(role)}")
+        if pictures and role != "user":
+            raise InputError(f"a picture belongs into a turn of user, got one of {role}")
+        if not texts and not pictures:
+            raise InputError(f"a turn of {role} is empty: give it a text or, of user, a picture")
+        if merged and merged[-1][0] == role:
+            merged[-1][1].extend(texts)
+            merged[-1][2].extend(pictures)
+        else:
+            merged.append((role, texts, pictures))
+    roles = [role for role, _, _ in merged]
+    if not roles or roles[-1] != "user" or "system" in roles[1:] or roles[roles[0] == "system"] != "user":
+        raise InputError(
+            "a conversation has turns of user and assistant, one after the other, from user to user, and system only "
+            f"in front; got {shown(roles)}"
+        )
+    return merged
 
 
 class Emu3Processor:
@@ -170,26 +200,70 @@ class Emu3Processor:
             raise InputError(f'mode "U" takes a picture a text: {len(texts)} texts, {len(images)} pictures')
         longest = {}  # a picture of several questions is encoded once, beside the longest of them
         for one, text in zip(images, texts, strict=True):
-            longest[id(one)] = max(longest.get(id(one), 0), len(self._fill_template(text, [])))
+            longest[id(one)] = max(longest.get(id(one), 0), len(self.chat_prompt([("user", [text])])))
         unique = {id(one): to_pil(one) for one in images}
         sizes = [self.question_size(one.height, one.width, longest[i], positions) for i, one in unique.items()]
         encoded = self.tokenize_image(list(unique.values()), padding_image=padding_image, sizes=sizes)
         by_picture = dict(zip(unique, encoded, strict=True))
         codes = [by_picture[id(one)] for one in images]
-        rows = [self._fill_template(t, self.grammar.encode(c)) for t, c in zip(texts, codes, strict=True)]
+        rows = [self.chat_prompt([("user", [c, t])]) for t, c in zip(texts, codes, strict=True)]
         return rows, [c.shape for c in codes]
 
-    def question_size(self, height, width, tokens=0, positions=None):
+    def chat_prompt(self, turns):
+        """Ids of a conversation whose last turn waits for an answer.
+
+        A user's turn is the chat template: its pictures in their order, then its texts, joined by a space. An answer
+        is followed by EOS, as the model ends it, and a later turn by the template from "USER:" on (all of a template
+        that has no "USER:"). A system's text takes the place of what stands before "USER:". One turn with one picture
+        is the prompt of mode "U".
+
+        Args:
+            turns: a list of (role, parts); a role is "system", which comes first, "user" or "assistant"; a part is a
+                str or, of a user, a picture's codes, integers [h, w]. Neighbours of one role are one turn.
+
+        InputError: turns that are not a conversation, or codes that are not a picture's.
+        """
+        merged = merge_turns(turns)
+        start = match.start() if (match := USER.search(self.chat_template)) else 0
+        row, template = [self.tokenizer.bos_token_id], self.chat_template
+        for role, texts, pictures in merged:
+            text = " ".join(texts)
+            if role == "user":
+                ids = [i for codes in pictures for i in self.grammar.encode(codes)]
+                row += self._fill_template(text, ids, template)
+            else:
+                row += self.tokenizer.encode(text, allow_special=False)
+                row += [self.tokenizer.eos_token_id] if role == "assistant" else []
+            template = self.chat_template[start:]
+        return row
+
+    def chat_sizes(self, turns, positions=None):
+        """The (height, width) in pixels of each picture of a conversation, as `question_size` gives it of one.
+
+        `turns`: as `chat_prompt` takes them, with PIL pictures in place of codes. Where several leave none of the
+        `positions`, each gets an equal share of them.
+        """
+        pictures = [part for _, parts in turns for part in parts if not isinstance(part, str)]
+        texts = [(role, [part for part in parts if isinstance(part, str)] or [""]) for role, parts in turns]
+        tokens = len(self.chat_prompt(texts))
+        sizes = [self.question_size(picture.height, picture.width) for picture in pictures]
+        if positions is None or tokens + sum(map(self._picture_tokens, sizes)) < positions:
+            return sizes
+        others = max(0, positions - tokens) * (len(pictures) - 1) // max(1, len(pictures))
+        return [self.question_size(picture.height, picture.width, tokens, positions, others) for picture in pictures]
+
+    def question_size(self, height, width, tokens=0, positions=None, others=0):
         """The (height, width) in pixels that a picture of a question gets.
 
         It is what the image processor gives, within its `question_max_pixels`. A picture that leaves none of the
-        model's `positions` beside the `tokens` of the question is made smaller, and leaves an eighth of them.
+        model's `positions` beside the `tokens` of the question, and those that `others` of its pictures take, is made
+        smaller, and leaves an eighth of them.
 
         InputError: a picture that the image processor refuses, or a question that leaves no picture room.
         """
         settings, factor = self.image_processor, self.vision_tokenizer.spatial_scale_factor
         size = settings.resized(height, width, settings.question_max_pixels)
-        room = math.inf if positions is None else positions - tokens - 1
+        room = math.inf if positions is None else positions - tokens - others - 1
         if self._picture_tokens(size) <= room:
             return size
         room -= positions // 8
@@ -200,9 +274,10 @@ class Emu3Processor:
                 break
             if self._picture_tokens(size) <= room:
                 return size
+        several = " beside the others" if others else ""
         raise InputError(
-            f"the question has {tokens} tokens, the model has {positions} positions: there is no room for the picture; "
-            "shorten the question"
+            f"the question has {tokens} tokens, the model has {positions} positions: there is no room for the picture"
+            f"{several}; shorten the question"
         )
 
     def _picture_tokens(self, size):
@@ -210,11 +285,11 @@ class Emu3Processor:
         h, w = (side // self.vision_tokenizer.spatial_scale_factor for side in size)
         return len(self.grammar.head(h, w)) + self.grammar.num_tokens(h, w) - 1  # it has no EOS
 
-    def _fill_template(self, text, picture_ids):
-        """BOS and the chat template's ids; only the template itself can name special tokens."""
-        special = "|".join(map(re.escape, re.findall(r"<\|[^<>|]+\|>", self.chat_template))) or r"(?!)"
-        row = [self.tokenizer.bos_token_id]
-        for piece in re.split(f"({re.escape(IMAGE_SLOT)}|{special})", self.chat_template):
+    def _fill_template(self, text, picture_ids, template):
+        """A template's ids; only the template itself can name special tokens."""
+        special = "|".join(map(re.escape, re.findall(r"<\|[^<>|]+\|>", template))) or r"(?!)"
+        row = []
+        for piece in re.split(f"({re.escape(IMAGE_SLOT)}|{special})", template):
             if piece == IMAGE_SLOT:
                 row += picture_ids
             elif re.fullmatch(special, piece):

@@ -18,6 +18,7 @@ from paddlemix.utils import BatchFeature, InputError, read_json, write_atomicall
 CONFIG_NAME = "preprocessor_config.json"
 # Pictures of more pixels than those of which Pillow warns are made smaller while they are read, to no less than KEPT.
 LARGE, KEPT = 2**30 // 12, 2**24
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of pictures that come from anywhere: no reader that starts a program
 # Pillow brings these greys and colours to 8 bits, but not the one of them that a PNG names as transparent.
 TO_8_BITS = {
     "L;2": lambda grey: grey * 85,
@@ -70,38 +71,56 @@ def load_image(path):
         raise InputError(f"{path}: this is a directory; give the path of one picture in it")
     if not os.path.isfile(path):
         raise InputError(f"{path}: this is a pipe or a device; give the path of a picture's file")
+    return _load(path, path)
+
+
+def picture_of_bytes(data, name="the picture", most_pixels=None):
+    """The picture that bytes of a PNG, JPEG, WebP, GIF or BMP hold, as `load_image` gives that of a file.
+
+    InputError: they hold none, a damaged one, or one of more than `most_pixels`. `name` stands in the message.
+    """
+    return _load(name, data, most_pixels)
+
+
+def _load(name, source, most_pixels=None):
+    """`source`: a path, or the bytes of a picture, whose format is one of the usual then."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged metadata, and many pixels
-            return _read(path)
+            return _read(source, most_pixels)
+    except InputError as error:
+        reason = str(error)
     except Image.DecompressionBombError as error:
         reason = f"too large a picture ({error}); scale it down first"
     except UnidentifiedImageError:
         reason = "not a picture that Pillow can read; give a PNG, JPEG or WebP file"
     except Exception as error:  # Pillow's readers check little: each fails where the wrong bytes lead it
         reason = f"cannot be read ({_words(error)}); it may be damaged or cut short, give another copy"
-    raise InputError(" ".join(f"{path}: {reason}".split()))
+    raise InputError(" ".join(f"{name}: {reason}".split()))
 
 
 def _words(error):
     return str(error) or type(error).__name__
 
 
-def _read(path):
+def _read(source, most_pixels):
     try:
-        return _read_open(path)
+        return _read_open(source, most_pixels)
+    except InputError:
+        raise
     except Exception:
         # A PNG may have a damaged text or profile, or one larger than Pillow takes, and good pixels.
-        without = _png_without_texts(path)
+        without = _png_without_texts(source)
         if without is None:
             raise
-    return _read_open(without)
+    return _read_open(without, most_pixels)
 
 
-def _png_without_texts(path):
-    """An open file of a PNG's chunks but for those of texts and colour profile; None where it has none of them."""
-    with open(path, "rb") as file:
-        is_png = file.read(8) == b"\x89PNG\r\n\x1a\n" and os.path.getsize(path) < 2**30
+def _png_without_texts(source):
+    """A PNG's chunks, bytes, but for those of texts and colour profile; None where it has none of them."""
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        is_png = file.read(8) == b"\x89PNG\r\n\x1a\n" and file.seek(0, os.SEEK_END) < 2**30
+        file.seek(8)
         data = file.read() if is_png else b""
     kept, start = [b"\x89PNG\r\n\x1a\n"], 0
     while (name := data[start + 4 : start + 8]).isalpha():  # a chunk: its length, its name, as many bytes, a checksum
@@ -109,12 +128,17 @@ def _png_without_texts(path):
         if name not in (b"iCCP", b"iTXt", b"tEXt", b"zTXt"):
             kept.append(data[start:end])
         start = end
-    return None if sum(map(len, kept)) == 8 + min(start, len(data)) else io.BytesIO(b"".join(kept))
+    return None if sum(map(len, kept)) == 8 + min(start, len(data)) else b"".join(kept)
 
 
-def _read_open(file):
-    """A path or an open file -> the upright picture, or whatever Pillow raises."""
-    with Image.open(file) as image:
+def _read_open(source, most_pixels):
+    """A path or bytes -> the upright picture, or whatever Pillow raises."""
+    file, formats = (io.BytesIO(source), FORMATS) if isinstance(source, bytes) else (source, None)
+    with Image.open(file, formats=formats) as image:
+        if most_pixels and image.width * image.height > most_pixels:
+            raise InputError(
+                f"{image.width} x {image.height} pixels are too many: at most {most_pixels} are taken; scale it down"
+            )
         full_size = image.size
         if image.format == "PNG" and image.tile and "transparency" in image.info:
             to_8_bits = TO_8_BITS.get(image.tile[0][3], lambda same: same)

@@ -13,8 +13,11 @@ import paddle
 
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.few_rows_linear import FEW_ROWS, few_rows
-from paddlemix.machine import with_memory_released
+from paddlemix.machine import NotEnoughMemory, require_memory, with_memory_released
 from paddlemix.utils import InputError, whole_number, whole_numbers
+
+from .cache import cache_bytes
+from .sequences import Answer
 
 DECODING = ("auto", "step", "jacobi")
 WINDOW = 15  # tokens that a pass of "jacobi" guesses: twice as many save a tenth of the passes more
@@ -37,24 +40,34 @@ class Batch:
             `window` next tokens as well, and keeps those that prove to be the ones drawn: the same picture in fewer,
             larger passes. "auto" chooses the faster one for the device and the number of rows.
         window: of "jacobi"; None for a good one.
+        prefix_tokens: keep the prompts of answers that left in so many tokens of the cache, those that were used last:
+            a prompt that begins as one of them, or as one that is here, reads only the rest. Parts of a prompt that
+            were read in the same pieces are reused, so that the answer has the same bits.
     """
 
-    def __init__(self, model, decoding="auto", window=None):
+    def __init__(self, model, decoding="auto", window=None, prefix_tokens=0):
         if decoding not in DECODING:
             raise InputError(f"decoding must be one of {', '.join(DECODING)}, got {decoding!r}")
         window = None if window is None else whole_number("window", window, "1 or more, a whole number", 1)
         if model.training:
             raise InputError("the model is in training, where dropout would change what is drawn: call model.eval()")
-        self.model, self.decoding, self.window = model, decoding, window
+        self.model, self.decoding, self.window, self.prefix_tokens = model, decoding, window, prefix_tokens
         self.on_cpu = is_on_cpu(model)
+        self.chunk = PROMPT_CHUNK["cpu" if self.on_cpu else "gpu"]
         self.most = few_rows() if self.on_cpu else FEW_ROWS  # tokens of a pass that do not depend on each other
         self.cache, self.slots = None, {}  # of each sequence the slots of its rows
+        self.kept = {}  # of each slot that no sequence has the prompt in it, the one used last at the end
         self.waiting, self.running = deque(), []  # groups that joined together; sequences whose prompts are read
         self.forward_passes = 0  # that drew tokens
         self._passes = {}
 
     def __bool__(self):
         return bool(self.waiting or self.running)
+
+    @property
+    def pass_rows(self):
+        """Rows that one pass takes, each with a token and a row's end."""
+        return self.most // 2
 
     def join(self, *sequences):
         """Let sequences take part from the next step on: those that join together start together.
@@ -73,15 +86,53 @@ class Batch:
         rows = [row for sequence in sequences for row in sequence.prompts]
         for row in rows:
             whole_numbers("a prompt's ids", row, 0, self.model.config.vocab_size - 1)
-        length = max(sequence.length for sequence in sequences) + self.most  # a row may be filled up to another's new
-        if self.cache is None:
-            self.cache = with_memory_released(self.model.make_cache, len(rows), length)
-        slots = iter(with_memory_released(self.cache.take, len(rows), length))
+        slots = iter(self._take(len(rows), max(map(self._length, sequences))))
         for sequence in sequences:
             self.slots[sequence] = [next(slots) for _ in sequence.prompts]
-            sequence.batch, sequence.cached = self, 0
+            sequence.batch, sequence.cached, sequence.reused = self, 0, 0
         self.waiting.append(sequences)
         self._passes.clear()
+
+    def _length(self, sequence):
+        return sequence.length + self.most  # a row may be filled up to another's new
+
+    def _take(self, count, length):
+        """Free slots. Where memory is short, kept prompts are given up for them, and then a cache of nobody."""
+        while True:
+            try:
+                if self.cache is None:
+                    self.cache = with_memory_released(self.model.make_cache, count, length)
+                return with_memory_released(self.cache.take, count, length)
+            except (NotEnoughMemory, MemoryError):
+                if self.kept:
+                    self._give_up_oldest()
+                elif self.slots or self.cache is None:
+                    raise
+                else:
+                    self.cache = None
+
+    def require_memory(self, tokens):
+        """InputError where a sequence of so many tokens, in all its rows, cannot join, even when the others left."""
+        dtype = "float32" if self.model.dtype == paddle.float32 else "bfloat16"
+        held = self.cache.slots * self.cache.capacity if self.cache else 0
+        size = cache_bytes(self.model.config, tokens - held, dtype)
+        try:
+            require_memory(size, f"for the keys and values of {tokens} tokens")
+        except NotEnoughMemory as error:  # to wait would not help
+            raise InputError(str(error)) from None
+
+    def give_up(self):
+        """Give up the prompts that are kept, and the cache where no sequence has a slot in it."""
+        while self.kept:
+            self._give_up_oldest()
+        if not self.slots:
+            self.cache = None
+            self._passes.clear()
+
+    def _give_up_oldest(self):
+        slot = next(iter(self.kept))
+        del self.kept[slot]
+        self.cache.free([slot])
 
     def leave(self, sequence):
         """Let a sequence go, done or not; its slots are others' to take. One that is not here is let go already."""
@@ -90,25 +141,55 @@ class Batch:
         self.running = [other for other in self.running if other is not sequence]
         for group in self.waiting:
             group[:] = [other for other in group if other is not sequence]
-        self.cache.free(self.slots.pop(sequence))
+        slots = self.slots.pop(sequence)
+        if not (isinstance(sequence, Answer) and self._keep(sequence.prompts[0], slots[0])):
+            self.cache.free(slots)
         if sequence.batch is self:  # a finished sequence that is kept does not keep the cache
             sequence.batch = None
         self._passes.clear()
 
+    def _keep(self, prompt, slot):
+        """Keep a prompt that was read, where it has a whole chunk that no kept one has; whether it is kept."""
+        mine, was_read = self._whole(prompt), self.cache.lengths[slot] >= len(prompt) - 1
+        if not mine or not was_read or self.cache.capacity > self.prefix_tokens:
+            return False
+        for other, kept in list(self.kept.items()):
+            theirs = self._whole(kept)
+            if mine[: len(theirs)] == theirs:
+                del self.kept[other]
+                self.cache.free([other])
+            elif theirs[: len(mine)] == mine:
+                return False
+        self.kept[slot], self.cache.lengths[slot] = prompt, len(prompt) - 1
+        self._bound_kept()
+        return True
+
+    def _whole(self, prompt):
+        """The whole chunks that a prompt is read in."""
+        return prompt[: (len(prompt) - 1) // self.chunk * self.chunk]
+
+    def _bound_kept(self):
+        """A slot takes the cache's capacity, however few tokens are in it."""
+        while len(self.kept) * self.cache.capacity > self.prefix_tokens:
+            self._give_up_oldest()
+
     @paddle.no_grad()
-    def step(self):
+    def step(self, only=None):
         """Read a part of the prompts that wait, and run one pass for all whose prompts are read.
+
+        `only`: of these sequences; the others stay as they are. None is all.
 
         Returns a list of (sequence, how many tokens it gained); those that are done have left. After an error or Ctrl-C
         in it the next step goes on as if nothing had been.
         """
-        return with_memory_released(self._step)
+        return with_memory_released(self._step, only)
 
-    def _step(self):
+    def _step(self, only):
         self._settle()
-        self._read_prompts()
+        only = set(self.slots if only is None else only)
+        self._read_prompts(only)
         gained = []
-        for group in self._groups():
+        for group in self._groups(only):
             gained += self._run(group)
             for sequence in group:
                 if sequence.is_done:
@@ -127,45 +208,51 @@ class Batch:
             for prompt, slot in zip(sequence.prompts, self.slots[sequence], strict=True):
                 self.cache.lengths[slot] = len(prompt) - 1 + sequence.cached
 
-    def _read_prompts(self):
+    def _read_prompts(self, only):
         """Every row by itself, but for its last token, which the first step reads."""
-        budget = chunk = PROMPT_CHUNK["cpu" if self.on_cpu else "gpu"]
-        while self.waiting and budget > 0:
-            row = next(self._unread(self.waiting[0]), None)
-            if row is None:
-                self.running = [*self.running, *self.waiting[0]]
-                self.waiting.popleft()
-                continue
-            prompt, slot = row
-            past = int(self.cache.lengths[slot])
-            if past == 0 and (twin := self._read_before(prompt)) is not None:
-                self.cache.copy_row(twin, slot, len(prompt) - 1)
-                continue
-            new = min(chunk, len(prompt) - 1 - past)
-            self._reserve(past + new)
-            ids = paddle.to_tensor([prompt[past : past + new]])
-            self.model.model.read_prompt(ids, past, len(prompt), slot, self.cache)
-            self.cache.lengths[slot] += new
-            budget -= new
-
-    def _unread(self, group):
-        for sequence in group:
-            for prompt, slot in zip(sequence.prompts, self.slots[sequence], strict=True):
-                if self.cache.lengths[slot] < len(prompt) - 1:
-                    yield prompt, slot
+        budget = self.chunk
+        for group in [group for group in self.waiting if only.issuperset(group)]:
+            for sequence in group:
+                for prompt, slot in zip(sequence.prompts, self.slots[sequence], strict=True):
+                    while (past := int(self.cache.lengths[slot])) < len(prompt) - 1:
+                        if past == 0 and (found := self._read_before(prompt)) is not None:
+                            self.cache.copy_row(found[1], slot, found[0])
+                            sequence.reused += found[0]
+                            continue
+                        if budget <= 0:
+                            return
+                        new = min(self.chunk, len(prompt) - 1 - past)
+                        self._reserve(past + new)
+                        ids = paddle.to_tensor([prompt[past : past + new]])
+                        self.model.model.read_prompt(ids, past, len(prompt), slot, self.cache)
+                        self.cache.lengths[slot] += new
+                        budget -= new
+            self.running = [*self.running, *group]
+            self.waiting.remove(group)
 
     def _read_before(self, prompt):
-        """A slot that holds the same prompt already, as several pictures' of one request do; else None."""
-        for sequence, slots in self.slots.items():
-            for other, slot in zip(sequence.prompts, slots, strict=True):
-                if other == prompt and self.cache.lengths[slot] >= len(prompt) - 1 > 0:
-                    return slot
-        return None
+        """(how many tokens, the slot that holds them) of another row that begins as this prompt; None where none does.
 
-    def _groups(self):
+        The whole of a prompt that is the same, else whole chunks: what was read in other pieces has other bits. The
+        bases of dynamic positions are those of the whole prompt.
+        """
+        rows = [(slot, row) for s, slots in self.slots.items() for slot, row in zip(slots, s.prompts, strict=True)]
+        best, is_dynamic = (0, None), (self.model.config.rope_scaling or {}).get("type") == "dynamic"
+        for slot, row in [*self.kept.items(), *rows]:
+            most = min(int(self.cache.lengths[slot]), len(row) - 1, len(prompt) - 1)
+            if row != prompt or most < len(prompt) - 1:
+                most = 0 if is_dynamic else most // self.chunk * self.chunk
+                starts = range(0, most, self.chunk)
+                most = next((i for i in starts if row[i : i + self.chunk] != prompt[i : i + self.chunk]), most)
+            best = max(best, (most, slot), key=lambda found: found[0])
+        if best[1] in self.kept:  # it is the one used last
+            self.kept[best[1]] = self.kept.pop(best[1])
+        return best if best[0] else None
+
+    def _groups(self, only):
         """The running sequences in groups of as many rows as one pass takes, each with a token and a row's end."""
         groups, rows = [], math.inf
-        for sequence in self.running:
+        for sequence in filter(only.__contains__, self.running):
             rows += len(sequence.prompts)
             if 2 * rows > self.most and (self.on_cpu or not groups):
                 groups.append([])
@@ -179,8 +266,8 @@ class Batch:
         most = max(2, self.most // rows)
         window = min(choose_window(self.decoding, self.window, rows, self._cheap_rows()), most - 1)
         feeds = [sequence.feed(most, window) for sequence in group]
-        new = max(len(ids) for ids, _ in feeds)
-        self._reserve(int(self.cache.lengths.max()) + new)
+        new, rows = max(len(ids) for ids, _ in feeds), [slot for sequence in group for slot in self.slots[sequence]]
+        self._reserve(int(self.cache.lengths[rows if self.on_cpu else slice(None)].max()) + new)
         shape = tuple((sequence, len(ids), picked) for sequence, (ids, picked) in zip(group, feeds, strict=True))
         if shape not in self._passes:
             self._passes[shape] = Pass(self, shape, new)
@@ -196,6 +283,7 @@ class Batch:
         if length > self.cache.capacity:
             self.cache.reserve(length)
             self._passes.clear()
+            self._bound_kept()
 
     def _cheap_rows(self):
         """Rows that a pass takes at hardly more cost than one; None on a GPU, where a window is far from the limit."""

@@ -63,6 +63,7 @@ class Drawing:
         self.ids = np.where(self.forced < 0, grammar.first_visual, self.forced)
         self.known = 1  # so many ids are drawn or forced, those behind them are guesses
         self.cached, self.batch = 0, None  # so many ids are in the cache of this batch for good
+        self.reused = 0
         if drawn is not None:
             self.known += self._check_drawn(drawn)
             self.ids[1 : self.known] = drawn
@@ -173,7 +174,8 @@ class Answer:
         sampling: Sampling; greedy where it is left out.
         number: of the answer in its request, as a Drawing's.
 
-    `ids` are its tokens up to now, without the end of sequence.
+    `ids` are its tokens up to now, without the end of sequence, `reused` how many of its prompt's tokens the batch had
+    read for another sequence.
     """
 
     def __init__(self, prompt, max_new_tokens, config, sampling=GREEDY, number=0):
@@ -187,6 +189,7 @@ class Answer:
         self.sampling, self.noise = sampling, Noise(sampling, number, config.vocab_size)
         self.ids, self.ended = [], False
         self.cached, self.batch = 0, None  # so many of the prompt's last token and the ids, in this batch's cache
+        self.reused = 0
         self.length = len(prompt) + max_new_tokens - 1
 
     @property

@@ -1,0 +1,210 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""A service: OpenAI's endpoints over HTTP, and a page, for many people who draw and ask at the same time."""
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+
+from paddlemix.utils import InputError, shown
+
+from .console import DEVICE_HELP, bare_parser, integer, note, number, say, to_stderr
+from .language_model import add_dtype, note_dtype
+
+KEY = "EMU3_API_KEY"
+LEAST = {"max_batch": 1, "max_queue": 1, "max_pixels": 64, "max_tokens": 1, "max_body": 0.001, "max_seconds": 1,
+         "drain_seconds": 0}  # fmt: skip
+
+
+def parser(prog=None):
+    parser = bare_parser(__doc__, prog)
+    parser.add_argument("--model_path", help="the model that draws: a directory, a hub name, or emu3-mini")
+    parser.add_argument(
+        "--chat_model_path", help="the model that answers, likewise; the same as --model_path is loaded once (default: "
+        "none, and of emu3-mini itself)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--vq_model_path", dest="vision_path",
+        help="the vision tokenizer: a directory or a hub name (default: BAAI/Emu3-VisionTokenizer, or emu3-mini's own)",
+    )  # fmt: skip
+    add_dtype(parser)
+    parser.add_argument("--device", help=DEVICE_HELP)
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 is all of this machine")
+    parser.add_argument("--port", type=integer, default=8000, help="0 is a free one")
+    parser.add_argument("--api_key", help=f"what requests must carry (default: {KEY} of the environment, or none)")
+    parser.add_argument("--max_batch", type=integer, default=16, help="rows of a pass; a picture with guidance has two")
+    parser.add_argument("--max_queue", type=integer, default=64, help="requests that wait; those beyond it get 429")
+    parser.add_argument("--max_body", type=number, default=32, help="of a request, in MB")
+    parser.add_argument("--max_pixels", type=integer, default=1 << 20, help="of a picture that is drawn")
+    parser.add_argument("--max_tokens", type=integer, default=4096, help="of an answer")
+    parser.add_argument("--max_seconds", type=number, default=3600, help="of a request, waiting included")
+    parser.add_argument(
+        "--output_dir", help="keep finished pictures here, and what was accepted: after a restart it is finished"
+    )
+    parser.add_argument(
+        "--drain_seconds", type=number, default=30, help="after SIGTERM or Ctrl-C: for what runs to be finished"
+    )
+    parser.add_argument("--allow_image_urls", action="store_true", help="fetch the http(s) URLs of pictures in chats")
+    parser.add_argument("--cors_origin", nargs="+", default=[], help="origins of pages elsewhere that may ask")
+    parser.add_argument(
+        "--allowed_host", nargs="+", help="names in a request's Host that are taken, beside addresses and localhost "
+        "(default: any, but none on 127.0.0.1 without a key)"
+    )  # fmt: skip
+    return parser
+
+
+def main(args):
+    from paddlemix.serving.app import make_app
+    from paddlemix.serving.engine import Engine
+    from paddlemix.serving.guard import Limits
+
+    key = check(args)
+    listener = listen(args.host, args.port)
+    pipelines, names = make_pipelines(args)
+    _log(args.verbose)
+    engine = Engine(
+        pipelines, max_batch=args.max_batch, max_queue=args.max_queue, output_dir=args.output_dir
+    )  # fmt: skip
+    limits = Limits(
+        body=int(args.max_body * 1e6), pixels=args.max_pixels, tokens=args.max_tokens, seconds=args.max_seconds
+    )  # fmt: skip
+    app = make_app(
+        engine, names=names, api_key=key, limits=limits, cors_origins=args.cors_origin, hosts=known_hosts(args, key),
+        allow_image_urls=args.allow_image_urls,
+    )  # fmt: skip
+    if not is_loopback(args.host) and not key:
+        note(f"whoever reaches {args.host} may use this server: give --api_key, or {KEY} in the environment")
+    asyncio.run(_serve(app, engine, listener, args.drain_seconds))
+
+
+def check(args):
+    """The key, or None. InputError for what cannot be."""
+    for name, least in LEAST.items():
+        if not least <= getattr(args, name) <= 1e12:
+            raise InputError(f"--{name} must be {least:g} or more, got {getattr(args, name)}")
+    if not 0 <= args.port <= 65535:
+        raise InputError(f"--port must be 0 to 65535, got {args.port}")
+    if args.api_key == "":
+        raise InputError("--api_key is empty: give a key, or leave it out")
+    if not args.model_path and not args.chat_model_path:
+        raise InputError("give --model_path, --chat_model_path or both; emu3-mini comes with the package")
+    return args.api_key or os.environ.get(KEY) or None
+
+
+def make_pipelines(args):
+    """({name: Emu3Pipeline}, {name: what it does}). InputError where there is no such checkpoint."""
+    from paddlemix.models.emu3.hub import MINI
+    from paddlemix.pipelines import Emu3Pipeline
+
+    chat_path = args.chat_model_path or (MINI if args.model_path == MINI else None)
+    pipelines, names, paths = {}, {}, {}
+    for path, task in ((args.model_path, "draw"), (chat_path, "chat")):
+        if not path:
+            continue
+        name = os.path.basename(os.path.abspath(path)) if os.path.isdir(path) and path != MINI else path
+        if paths.setdefault(name, path) != path:
+            raise InputError(f"two models are called {shown(name)}: give one folder another name")
+        if name not in pipelines:
+            pipelines[name] = Emu3Pipeline(path, args.vision_path, args.dtype, progress=True)
+            note_dtype(pipelines[name])  # which reads its config.json: a mistyped name is told here
+        names.setdefault(name, []).append(task)
+    return pipelines, names
+
+
+def listen(host, port):
+    """A socket that listens. InputError where that cannot be."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+        return listener
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(f"port {port} of {host} is in use: give another --port, or 0 for a free one") from None
+        reason = f"cannot listen at {host}, port {port} ({error.strerror})"
+        raise InputError(f"{reason}: give another --host or --port") from None
+
+
+def is_loopback(host):
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def known_hosts(args, key):
+    """Without a key a server of this machine alone must not be reached through a page whose name leads here."""
+    if args.allowed_host is None and (key or not is_loopback(args.host)):
+        return None
+    return {"localhost", *(name.lower() for name in args.allowed_host or [])}
+
+
+def _log(verbose):
+    """What the service itself has to tell goes to stderr; the libraries' notices do not."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    own = logging.getLogger("paddlemix.serving")
+    own.addHandler(handler)
+    own.setLevel(logging.INFO)
+    own.propagate = False
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it writes tracebacks, and those what users wrote
+    if not verbose:
+        logging.getLogger().setLevel(logging.ERROR)
+        for name, logger in logging.root.manager.loggerDict.items():
+            if isinstance(logger, logging.Logger) and logger.level and not name.startswith(("paddlemix", "uvicorn")):
+                logger.setLevel(logging.ERROR)
+    logging.disable(logging.NOTSET)
+
+
+def make_server(app):
+    """The uvicorn.Server of an application; signals are the caller's."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self):
+            yield
+
+    return Server(uvicorn.Config(
+        app, log_config=None, access_log=False, http="h11", ws="none", lifespan="off", server_header=False,
+        proxy_headers=False, timeout_keep_alive=30, timeout_graceful_shutdown=5, h11_max_incomplete_event_size=32768,
+    ))  # fmt: skip
+
+
+async def _serve(app, engine, listener, drain_seconds):
+    ends, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def end(which):
+        if which == signal.SIGINT and ends.is_set() or engine.state == "loading":
+            to_stderr("\ninterrupted")
+            os._exit(128 + which)  # whatever its threads do
+        ends.set()
+
+    def listen_to_signals():
+        for which in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(which, end, which)
+
+    listen_to_signals()
+    server = make_server(app)
+    engine.start()
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while engine.state == "loading":
+        await asyncio.sleep(0.05)
+    listen_to_signals()  # once more: PaddleNLP's import, which loading does, takes SIGTERM away
+    if engine.state != "failed":
+        host, port = listener.getsockname()[:2]
+        say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+        await ends.wait()
+        to_stderr(f"finishing what runs, for at most {drain_seconds:g} seconds; Ctrl-C ends at once")
+        await asyncio.to_thread(engine.drain, drain_seconds)
+    server.should_exit = True
+    await serving
+    if engine.state == "failed":
+        raise InputError(str(engine.reason))
