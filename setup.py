@@ -26,5 +26,6 @@ setup(
         ],  # fmt: skip
     },
     install_requires=install_requires,
+    extras_require={"ray": ["ray[serve]==2.60.0"]},  # emu3 serve --ray: 280 MB that few need
     entry_points={"console_scripts": ["emu3 = paddlemix.commands.__main__:main"]},
 )

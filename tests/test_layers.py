@@ -92,7 +92,8 @@ def test_heavy_packages_stay_where_they_belong(path):
     module = module_of(path)
     for name, at_top in imported(path):
         root = name.split(".")[0]
-        assert root not in ("torch", "ray"), f"{module} imports {name}"
+        assert root != "torch", f"{module} imports {name}"
+        assert root != "ray" or module == "paddlemix.serving.replicas", f"{module} imports {name}"
         assert root not in ("fastapi", "starlette") or module == "paddlemix.serving.app", f"{module} imports {name}"
         if root in ("paddle", "paddlenlp") and at_top:
             assert place(module).startswith(("paddlemix.models", "paddlemix.external_ops")), f"{module} imports {name}"

@@ -10,7 +10,10 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 
+from paddlemix.machine import start_paddle
 from paddlemix.utils import InputError, shown
 
 from .console import DEVICE_HELP, bare_parser, integer, note, number, say, to_stderr
@@ -18,7 +21,7 @@ from .language_model import add_dtype, note_dtype
 
 KEY = "EMU3_API_KEY"
 LEAST = {"max_batch": 1, "max_queue": 1, "max_pixels": 64, "max_tokens": 1, "max_body": 0.001, "max_seconds": 1,
-         "drain_seconds": 0}  # fmt: skip
+         "drain_seconds": 0, "replicas": 1}  # fmt: skip
 
 
 def parser(prog=None):
@@ -52,6 +55,12 @@ def parser(prog=None):
     parser.add_argument("--allow_image_urls", action="store_true", help="fetch the http(s) URLs of pictures in chats")
     parser.add_argument("--cors_origin", nargs="+", default=[], help="origins of pages elsewhere that may ask")
     parser.add_argument(
+        "--ray", nargs="?", const="", metavar="ADDRESS", help="serve from several processes by Ray Serve, of a cluster "
+        "where an address is given (auto: the one that runs here), else on this machine; it takes pip install "
+        '"ray[serve]==2.60.0"',
+    )  # fmt: skip
+    parser.add_argument("--replicas", type=integer, default=1, help="with --ray: processes, each with its own model")
+    parser.add_argument(
         "--allowed_host", nargs="+", help="names in a request's Host that are taken, beside addresses and localhost "
         "(default: any, but none on 127.0.0.1 without a key)"
     )  # fmt: skip
@@ -59,12 +68,26 @@ def parser(prog=None):
 
 
 def main(args):
+    key = check(args)
+    listener = listen(args.host, args.port)
+    if not is_loopback(args.host) and not key:
+        note(f"whoever reaches {args.host} may use this server: give --api_key, or {KEY} in the environment")
+    if args.ray is None:
+        engine, app = build(args, key)
+        asyncio.run(_serve(app, engine, listener, args.drain_seconds))
+        return
+    host, port = listener.getsockname()[:2]
+    listener.close()  # Ray's proxy takes it
+    make_pipelines(args)  # a mistyped name is told here
+    replicate(args, key, host, port)
+
+
+def build(args, key):
+    """(Engine, application), nothing started."""
     from paddlemix.serving.app import make_app
     from paddlemix.serving.engine import Engine
     from paddlemix.serving.guard import Limits
 
-    key = check(args)
-    listener = listen(args.host, args.port)
     pipelines, names = make_pipelines(args)
     _log(args.verbose)
     engine = Engine(
@@ -77,9 +100,35 @@ def main(args):
         engine, names=names, api_key=key, limits=limits, cors_origins=args.cors_origin, hosts=known_hosts(args, key),
         allow_image_urls=args.allow_image_urls,
     )  # fmt: skip
-    if not is_loopback(args.host) and not key:
-        note(f"whoever reaches {args.host} may use this server: give --api_key, or {KEY} in the environment")
-    asyncio.run(_serve(app, engine, listener, args.drain_seconds))
+    return engine, app
+
+
+def replicate(args, key, host, port):
+    """The same application in several processes, on one machine or more."""
+    from paddlemix.serving.replicas import Replicas
+
+    def replica():
+        """In a process of its own: the application of an engine that is ready."""
+        start_paddle(args.device)
+        engine, app = build(args, key)
+        engine.start()
+        while engine.state == "loading":
+            time.sleep(0.05)
+        if engine.state == "failed":
+            raise InputError(str(engine.reason))
+        return app
+
+    ends = threading.Event()
+    with Replicas(replica, args.replicas, host, port, args.ray, args.drain_seconds):
+        for which in (signal.SIGINT, signal.SIGTERM):  # after Ray, which takes them
+            signal.signal(which, lambda *_: os._exit(130) if ends.is_set() else ends.set())
+        say(f"listening on {url(host, port)}, {args.replicas} replicas")
+        ends.wait()
+        to_stderr(f"finishing what runs, for at most {args.drain_seconds:g} seconds; Ctrl-C ends at once")
+
+
+def url(host, port):
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def check(args):
@@ -91,6 +140,8 @@ def check(args):
         raise InputError(f"--port must be 0 to 65535, got {args.port}")
     if args.api_key == "":
         raise InputError("--api_key is empty: give a key, or leave it out")
+    if args.replicas > 1 and args.ray is None:
+        raise InputError("--replicas is for --ray: give both")
     if not args.model_path and not args.chat_model_path:
         raise InputError("give --model_path, --chat_model_path or both; emu3-mini comes with the package")
     return args.api_key or os.environ.get(KEY) or None
@@ -200,7 +251,7 @@ async def _serve(app, engine, listener, drain_seconds):
     listen_to_signals()  # once more: PaddleNLP's import, which loading does, takes SIGTERM away
     if engine.state != "failed":
         host, port = listener.getsockname()[:2]
-        say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+        say(f"listening on {url(host, port)}")
         await ends.wait()
         to_stderr(f"finishing what runs, for at most {drain_seconds:g} seconds; Ctrl-C ends at once")
         await asyncio.to_thread(engine.drain, drain_seconds)
