@@ -27,6 +27,7 @@ def add_arguments(parser):
     parser.add_argument("--picture", type=int, default=12, help="tokens of a picture's side")
     parser.add_argument("--answer", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--dtype", default="int8")
+    parser.add_argument("--plot", help="draw the table as this SVG, as docs/serving.svg is")
 
 
 def run(args, page):
@@ -40,7 +41,28 @@ def run(args, page):
     )
     page.put(TITLE, HEADS, r["rows"], text, {"serving": "equal" if r["equal"] else "**NOT EQUAL**"}, names=2)
     page.put_machine(["serving"], describe(r["versions"]))
+    if args.plot:
+        plot(r["rows"], args.plot)
     yield "serving", r["equal"], r
+
+
+def plot(rows, path):
+    """Throughput and latency over the number of clients, of each kind of work."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for work in dict.fromkeys(row[1] for row in rows):
+        mine = [row for row in rows if row[1] == work]
+        clients = [int(row[0]) for row in mine]
+        left.plot(clients, [float(row[4]) for row in mine], "o-", label=work)
+        right.plot(clients, [float(row[5].split()[0]) for row in mine], "o-", label=f"{work}, median")
+    left.set(title="tokens a second, all clients", xlabel="clients", ylim=(0, None))
+    right.set(title="latency of a request in seconds", xlabel="clients", ylim=(0, None))
+    left.legend()
+    figure.savefig(path, metadata={"Date": None})
 
 
 def measure(side, directory, small, clients, requests, picture, answer, dtype):
