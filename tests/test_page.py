@@ -186,7 +186,7 @@ def test_stop_ends_the_work_at_the_server(visit, address):
     assert page.evaluate("document.activeElement.id") == "stop"
     page.keyboard.press("Enter")
     cards = finished(page)
-    assert "stopped at row" in cards.first.inner_text() and not page.get_by_text("Download").count()
+    assert "stopped" in cards.first.inner_text() and not page.get_by_text("Download").count()
     assert page.evaluate("document.activeElement.id") == "generate" and page.inner_text("#draw-error") == ""
     wait_until(lambda: re.search(r"^emu3_running 0(\.0)?$", page.request.get(f"{address}/metrics").text(), re.M))
 
@@ -306,6 +306,25 @@ def test_errors_are_sentences(visit):
     generate(page)
     page.wait_for_selector("#draw-error:not(:empty)")
     assert page.inner_text("#draw-error") == "The server cannot be reached. Is it running?"
+
+
+def test_the_gallery_stays_when_the_language_changes(visit):
+    page = visit()
+    generate(page, "a red circle", number=1)
+    finished(page)
+    page.select_option("#language", "zh")
+    assert page.locator("#gallery img").count() == 1
+
+
+@pytest.mark.parametrize("wrong", ["another key", "密钥"])
+def test_a_wrong_key_is_told(visit, wrong):
+    page = visit(key=None)
+    page.expected = "Failed to load resource"
+    page.wait_for_selector("#key-form:not([hidden])")
+    page.fill("#key", wrong)
+    page.click("#key-form button")
+    page.wait_for_selector("#key-error:not(:empty)")
+    assert "does not take this key" in page.inner_text("#key-error") and page.is_visible("#key")
 
 
 def test_the_key_is_asked_for(visit):

@@ -492,6 +492,15 @@ def test_keys(engine, serve):
         server.client("other").models.list()
 
 
+def test_the_bound_on_pixels_is_of_what_would_be_drawn(engine, serve):
+    """By size, by ratio, and by what the checkpoint draws by itself."""
+    server = serve(engine, limits=Limits(pixels=4096))
+    assert server.post(IMAGES, SMALL).status_code == 200
+    for body in ({"size": "72x64"}, {"ratio": "16:9"}, {"ratio": "100:1"}):
+        reply = server.post(IMAGES, {"prompt": "a ring", **body})
+        assert reply.status_code == 400 and "at most 4096 are drawn here" in reply.json()["error"]["message"]
+
+
 def test_a_picture_by_its_url(engine, serve):
     """Where it is allowed, and no more of it than of a body."""
     server = serve(engine, allow_image_urls=True, limits=Limits(body=100_000, tokens=4))
@@ -512,7 +521,8 @@ def test_a_picture_by_its_url(engine, serve):
     failed(server.post(CHAT, asked), 400, "more than 100000 bytes")
     listener.close()
     failed(server.post(CHAT, asked), 400, "cannot be read")
-    failed(server.post(CHAT, {"messages": [asks("http://[/", "x")]}), 400, "cannot be read")
+    for wrong in ("http://[/", "http://127.0.0.1:99999/"):
+        failed(server.post(CHAT, {"messages": [asks(wrong, "x")]}), 400, "cannot be read")
     failed(server.post(CHAT, {"messages": [asks("data:,x")]}), 400, "base64, http:// or https://")
 
 
@@ -661,7 +671,7 @@ def test_nothing_that_the_schema_allows_is_a_500(engine, serve, monkeypatch):
         job.n, job.options = 1, {**job.options, "height": 16, "width": 16}
 
     monkeypatch.setattr(Draw, "check", check_and_shrink)
-    server = serve(engine, limits=Limits(pixels=256, tokens=2, pictures=2, characters=100))
+    server = serve(engine, limits=Limits(pixels=4096, tokens=2, pictures=2, characters=100))
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     seen = set()
     for result in schema.get_all_operations():

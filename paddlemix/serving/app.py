@@ -77,9 +77,10 @@ def make_app(engine, *, names, api_key=None, limits=None, cors_origins=(), hosts
 
     @app.post("/v1/images/generations", response_model=schema.ImageReply)
     async def generations(body: schema.ImageRequest, request: Request):
-        name, options = service.name(body.model, "draw"), body.options(limits.pixels)
+        name, options = service.name(body.model, "draw"), body.options()
         is_stream = bool(body.stream)
-        job = Draw(name, body.prompt, body.n or 1, options, partial_images=(body.partial_images or 0) * is_stream)
+        previews = (body.partial_images or 0) * is_stream
+        job = Draw(name, body.prompt, body.n or 1, options, previews, most_pixels=limits.pixels)
         mailbox = await service.start(job, request)
         if is_stream:
             return stream(image_events(mailbox, body))
@@ -316,9 +317,9 @@ class _Service:
 
         try:
             data = await asyncio.wait_for(read(), 30)
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, asyncio.TimeoutError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except Exception as error:  # whatever the libraries make of a client's URL, groups of errors too
             raise InputError(f"{name}: the picture's URL cannot be read ({type(error).__name__})") from None
         visit.hold(len(data))
         return data

@@ -11,7 +11,7 @@ from PIL import Image
 
 from paddlemix.pipelines.emu3 import answer_sampling
 from paddlemix.pipelines.steps import answer_text
-from paddlemix.processors.emu3_processing import merge_turns
+from paddlemix.processors.emu3_processing import generate_size, merge_turns
 from paddlemix.processors.image_processing_emu3 import over_white, to_pil
 from paddlemix.utils import InputError, shown, whole_number, whole_numbers
 
@@ -151,13 +151,14 @@ class Draw(Job):
         n: how many pictures.
         options: a dict of Emu3Pipeline.generate_steps' arguments.
         partial_images: previews of each picture, at most.
+        most_pixels: that a picture may have; None is any number.
     """
 
     uses_batch = True
 
-    def __init__(self, pipeline_name, prompt, n=1, options=None, partial_images=0):
+    def __init__(self, pipeline_name, prompt, n=1, options=None, partial_images=0, most_pixels=None):
         super().__init__(pipeline_name)
-        self.prompt, self.n, self.partial_images = prompt, n, partial_images
+        self.prompt, self.n, self.partial_images, self.most_pixels = prompt, n, partial_images, most_pixels
         self.options = {name: value for name, value in (options or {}).items() if value is not None}
 
     def check(self, pipeline):
@@ -168,7 +169,11 @@ class Draw(Job):
         if unknown:
             raise InputError(f"unknown options: {', '.join(sorted(unknown))}; known are {', '.join(DRAW_OPTIONS)}")
         self.options.setdefault("seed", secrets.randbits(32))
-        pipeline.check_generate(self.prompt, num_images=self.n, **self.options)
+        _, ratios, area, *_ = pipeline.check_generate(self.prompt, num_images=self.n, **self.options)
+        for height, width in {generate_size(ratio, area) for ratio in ratios}:  # of 8 x 8 pixels
+            if self.most_pixels and 64 * height * width > self.most_pixels:
+                size = f"{8 * width} x {8 * height} pixels"
+                raise InputError(f"the image would have {size}, at most {self.most_pixels} are drawn here")
 
     @property
     def seed(self):

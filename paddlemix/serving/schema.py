@@ -43,16 +43,14 @@ class ImageRequest(Sampled):
     partial_images: Annotated[int, Field(ge=0, le=1000)] | None = 0  # OpenAI takes 3; a row is the most that is shown
     user: Characters | None = None
 
-    def options(self, most_pixels):
-        """The arguments of `generate_steps`. InputError: a size that cannot be, or of too many pixels."""
+    def options(self):
+        """The arguments of `generate_steps`. InputError: a size that cannot be."""
         width = height = None
         if self.size not in (None, "auto"):
             match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", self.size, re.ASCII)
             width, height = map(int, match.groups()) if match else (0, 0)
             if not width or not height:
                 raise InputError(f"size must be auto or WIDTHxHEIGHT, such as 512x512, got {shown(self.size)}")
-            if width * height > most_pixels:
-                raise InputError(f"size {self.size} has {width * height} pixels, at most {most_pixels} are drawn here")
         options = self.model_dump(
             include={"negative_prompt", "ratio", "guidance_scale", "temperature", "top_k", "top_p", "seed"}
         )
