@@ -63,13 +63,19 @@ def share(array, parameter):
 
 
 def to_tensor(array):
-    """A tensor that shares a numpy array's memory; dlpack knows no bfloat16, so that goes as integers."""
+    """A tensor on the CPU that shares a numpy array's memory; dlpack knows no bfloat16, so that goes as integers.
+
+    Every tensor that Paddle 3.3.1 makes of something, also in from_dlpack and to_tensor, leaves a list behind for good;
+    one that an operator makes does not.
+    """
     import numpy as np
     import paddle
 
     if array.dtype == "bfloat16":
-        return paddle.utils.dlpack.from_dlpack(array.view(np.int16)).view("bfloat16")
-    return paddle.utils.dlpack.from_dlpack(array)
+        return to_tensor(array.view(np.int16)).view("bfloat16")
+    tensor = paddle._C_ops.empty([0], paddle.float32, paddle.CPUPlace())
+    tensor.get_tensor()._share_data_with(paddle.base.core.from_dlpack(array.__dlpack__()))
+    return tensor
 
 
 def to_array(tensor):

@@ -347,7 +347,7 @@ SAYS = {"messages": [{"role": "user", "content": "hi"}]}
         (IMAGES, {"prompt": "x", "n": True}, "n", "True"), (IMAGES, {"prompt": "x", "n": "2"}, "n", "'2'"),
         (IMAGES, {"prompt": "x", "size": "big"}, None, "WIDTHxHEIGHT, such as 512x512, got 'big'"),
         (IMAGES, {"prompt": "x", "size": "0x8"}, None, "got '0x8'"),
-        (IMAGES, {"prompt": "x", "size": "99999x99999"}, None, "9999800001 pixels, at most 1048576"),
+        (IMAGES, {"prompt": "x", "size": "99999x99999"}, None, "100000 x 100000 pixels, at most 1048576"),
         (IMAGES, {"prompt": "x", "ratio": "round"}, None, "width:height"),
         (IMAGES, {"prompt": "x", "temperature": 0}, None, "temperature must be"),
         (IMAGES, {"prompt": "x", "top_k": -1}, None, "top_k must be"),
@@ -490,6 +490,21 @@ def test_keys(engine, serve):
     assert {httpx.get(f"{server.url}{path}").status_code for path in ("/", "/health", "/metrics")} == {200}
     with pytest.raises(openai.AuthenticationError):
         server.client("other").models.list()
+
+
+def test_the_bound_on_tokens_holds_where_none_is_asked_for(engine, serve):
+    server = serve(engine, limits=Limits(tokens=3))
+    reply = server.post(CHAT, {"messages": [{"role": "user", "content": "Please describe the image"}]}).json()
+    assert reply["usage"]["completion_tokens"] <= 3
+
+
+def test_a_body_of_very_many_values(engine, serve):
+    """What would take minutes to check is refused by the number of its commas and brackets, and a mistake is one."""
+    server, start = serve(engine), time.monotonic()
+    for more in ({"codes": [["a"] * 1000] * 1000}, {"codes": [[1]], "unknown": [[]] * 1_000_000}):
+        failed(server.post("/v1/emu3/decode", more), 413, "values")
+    failed(server.post("/v1/emu3/decode", {"codes": [["a"] * 400] * 1000}), 400, "codes")
+    assert time.monotonic() - start < 5
 
 
 def test_the_bound_on_pixels_is_of_what_would_be_drawn(engine, serve):
@@ -744,7 +759,7 @@ def test_what_the_command_refuses(command, tmp_path, monkeypatch):
     assert "give --model_path, --chat_model_path or both" in refused()
     assert "no checkpoint at 'nowhere'" in refused("--model_path=nowhere", "--port=0")
     assert "--port must be 0 to 65535, got 99999" in refused("--model_path=emu3-mini", "--port=99999")
-    assert "--max_batch must be 1 or more, got 0" in refused("--model_path=emu3-mini", "--max_batch=0")
+    assert "--max_batch must be 1 to 1e12, got 0" in refused("--model_path=emu3-mini", "--max_batch=0")
     assert "--api_key is empty" in refused("--model_path=emu3-mini", "--api_key=")
     assert "give another --host" in refused("--model_path=emu3-mini", "--host=no.such.host.invalid")
 

@@ -135,16 +135,19 @@ def check(args):
     """The key, or None. InputError for what cannot be."""
     for name, least in LEAST.items():
         if not least <= getattr(args, name) <= 1e12:
-            raise InputError(f"--{name} must be {least:g} or more, got {getattr(args, name)}")
+            raise InputError(f"--{name} must be {least:g} to 1e12, got {getattr(args, name)}")
     if not 0 <= args.port <= 65535:
         raise InputError(f"--port must be 0 to 65535, got {args.port}")
     if args.api_key == "":
         raise InputError("--api_key is empty: give a key, or leave it out")
+    key = args.api_key or os.environ.get(KEY) or None
+    if key and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise InputError(f"--api_key, or {KEY}, must be of printable ASCII characters: a header takes no others")
     if args.replicas > 1 and args.ray is None:
         raise InputError("--replicas is for --ray: give both")
     if not args.model_path and not args.chat_model_path:
         raise InputError("give --model_path, --chat_model_path or both; emu3-mini comes with the package")
-    return args.api_key or os.environ.get(KEY) or None
+    return key
 
 
 def make_pipelines(args):

@@ -95,8 +95,8 @@ def make_app(engine, *, names, api_key=None, limits=None, cors_origins=(), hosts
     @app.post("/v1/chat/completions", response_model=None)
     async def completions(body: schema.ChatRequest, request: Request):
         name = service.name(body.model, "chat")
-        longest = body.max_completion_tokens or body.max_tokens
-        if longest and longest > limits.tokens:
+        longest = body.max_completion_tokens or body.max_tokens or min(limits.tokens, 1024)
+        if longest > limits.tokens:
             raise InputError(f"max_tokens is at most {limits.tokens} here, got {longest}")
         turns = await service.turns(body.messages, request)
         seed = secrets.randbits(32) if body.seed is None else body.seed  # greedy answers need none

@@ -148,6 +148,8 @@ class Engine:
     def _main(self):
         try:
             self._begin_thread()
+        except Unavailable as error:  # which the caller tells
+            self.reason = one_line(error.__cause__)
         except Exception as error:
             self._log_error("the model cannot be loaded", error)
             self.reason = one_line(error)
@@ -361,8 +363,10 @@ class Engine:
                 pipeline.vision_tokenizer = other.vision_tokenizer
         try:
             self.with_memory(load)
-        except InputError as error:
-            raise Unavailable(one_line(error), 60) from None
+        except InputError as error:  # its line holds paths of this machine
+            if self.state != "loading":
+                log.error("a model cannot be loaded: %s", one_line(error))
+            raise Unavailable("this model cannot be loaded now; the server's log says why", 60) from error
 
     def with_memory(self, function, *arguments):
         """function(*arguments); where memory is short, once more without what is only kept to save time."""

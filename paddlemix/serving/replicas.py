@@ -3,9 +3,11 @@
 
 import logging
 import os
+import re
+import socket
 
 from paddlemix.machine import available_cores
-from paddlemix.utils import InputError
+from paddlemix.utils import InputError, shown
 
 STARTED_S = 1800  # for the models to be loaded
 
@@ -36,12 +38,16 @@ class Replicas:
         except ModuleNotFoundError:
             raise InputError('--ray needs Ray: pip install "ray[serve]==2.60.0"') from None
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+        if not _answers(self.address):  # Ray itself would try for minutes
+            raise InputError(f"no Ray cluster answers at {shown(self.address)}: give its head's address, HOST:PORT")
         try:
             if self.address:
                 ray.init(self.address, **quiet)
             else:
                 ray.init(num_cpus=max(2, available_cores()), include_dashboard=False, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except ConnectionError:
+            raise InputError("no Ray cluster runs here: start one (ray start --head), or give --ray alone") from None
+        except (ValueError, RuntimeError) as error:
             raise InputError(f"Ray does not start or answer: {' '.join(str(error).split())[:300]}") from None
         try:
             self._run(ray, serve)
@@ -83,8 +89,19 @@ class Replicas:
         from ray import serve
 
         if ray.is_initialized():
-            if self.address:
-                serve.delete("emu3")
-            else:
+            serve.delete("emu3")  # which waits for what the replicas have; a shutdown alone cuts it off
+            if not self.address:
                 serve.shutdown()
             ray.shutdown()
+
+
+def _answers(address):
+    """Whether somebody listens at HOST:PORT; of other forms of an address Ray knows by itself."""
+    match = re.fullmatch(r"(?:ray://)?([^/:]+):(\d{1,5})", address)
+    if not match:
+        return True
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=5).close()
+        return True
+    except (OSError, OverflowError):
+        return False

@@ -72,9 +72,12 @@ class ImagePart(Request):
     image_url: Url
 
 
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class Message(Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Characters | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: Characters | Annotated[list[Part], Field(fail_fast=True)]  # else a body is an error for each of its parts
 
 
 class StreamOptions(Request):
@@ -88,12 +91,12 @@ class ResponseFormat(Request):
 class ChatRequest(Sampled):
     """Of /v1/chat/completions. An answer is greedy unless temperature, top_p or Emu3's own top_k is given."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     n: Literal[1] | None = 1
-    stop: Characters | Annotated[list[Characters], Field(max_length=4)] | None = None
+    stop: Characters | Annotated[list[Characters], Field(max_length=4, fail_fast=True)] | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     logprobs: Literal[False] | None = None
@@ -110,7 +113,7 @@ class EncodeRequest(Request):
 
 
 class DecodeRequest(Request):
-    codes: Annotated[list[list[int]], Field(min_length=1)]
+    codes: Annotated[list[Annotated[list[int], Field(fail_fast=True)]], Field(min_length=1, fail_fast=True)]
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
 
 

@@ -2,7 +2,8 @@
 """The vision tokenizer's norm of pictures with the channels last, on a CPU, in one pass after that for its moments."""
 
 import numpy as np
-from paddle.utils.dlpack import from_dlpack
+
+from paddlemix.paddle_private import to_tensor
 
 from .. import operators
 
@@ -20,6 +21,6 @@ def spatial_norm(x, weight, bias, groups, epsilon, scale=None, shift=None, silu=
         float32 array, as x.
     """
     out = np.empty(x.shape, x.dtype)  # contiguous, whatever x is: the operator writes into it
-    latent = [None if array is None else from_dlpack(array) for array in (scale, shift)]
-    operators().spatial_norm(from_dlpack(x), weight, bias, *latent, from_dlpack(out), groups, epsilon, silu)
+    latent = [None if array is None else to_tensor(array) for array in (scale, shift)]
+    operators().spatial_norm(to_tensor(x), weight, bias, *latent, to_tensor(out), groups, epsilon, silu)
     return out

@@ -2,8 +2,7 @@
 """3 x 3 convolutions on a CPU with 4 of 9 products, by Winograd's minimal filtering. Made for the vision tokenizer,
 whose pictures lie with the channels last; where the operator is missing, oneDNN computes the same by the definition."""
 
-from paddle.utils.dlpack import from_dlpack
-
+from paddlemix.paddle_private import to_tensor
 from paddlemix.utils import InputError
 
 from .. import operators
@@ -32,4 +31,4 @@ def winograd_conv(x, weight, bias, out, add=False, doubled=False):
     """
     if not out.flags.c_contiguous:
         raise InputError("winograd_conv writes into `out`, which must be contiguous")
-    operators().winograd_conv(from_dlpack(x), weight, bias, from_dlpack(out), doubled, add)
+    operators().winograd_conv(to_tensor(x), weight, bias, to_tensor(out), doubled, add)

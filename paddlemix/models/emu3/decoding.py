@@ -16,6 +16,7 @@ import paddle
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.few_rows_linear import FEW_ROWS, few_rows
 from paddlemix.machine import NotEnoughMemory, available_cores, require_memory, with_memory_released
+from paddlemix.paddle_private import to_tensor
 from paddlemix.utils import InputError, whole_number, whole_numbers
 
 from .cache import cache_bytes
@@ -391,4 +392,4 @@ def upload(array):
     """A tensor on the device. A card is not waited for: pinned memory is copied in its turn, and Paddle keeps it."""
     if paddle.get_device().startswith("gpu"):
         return paddle.to_tensor(array, place=paddle.CUDAPinnedPlace()).cuda(blocking=False)
-    return paddle.to_tensor(array)
+    return to_tensor(array)

@@ -65,7 +65,7 @@ class Sampling:
         if not 0 < self.top_k < logits.shape[-1]:
             return logits
         least = logits.topk(self.top_k, axis=-1, sorted=False)[0].min(axis=-1, keepdim=True)
-        return paddle.where(logits < least, -math.inf, logits)
+        return _hidden(logits < least, logits)
 
     def _nucleus(self, logits):
         """Keep the likeliest tokens that together reach top_p (Holtzman et al., arXiv 1904.09751)."""
@@ -75,7 +75,12 @@ class Sampling:
         probabilities = paddle.nn.functional.softmax(ordered, axis=-1)
         before = probabilities.cumsum(axis=-1) - probabilities
         least = paddle.where(before < self.top_p, ordered, math.inf).min(axis=-1, keepdim=True)
-        return paddle.where(logits < least, -math.inf, logits)
+        return _hidden(logits < least, logits)
+
+
+def _hidden(where, logits):
+    """Logits, minus infinity at these. An operator makes that number: what paddle.where makes of it is never freed."""
+    return paddle.where(where, paddle.full([], -math.inf, logits.dtype), logits)
 
 
 GREEDY = Sampling(top_k=1)

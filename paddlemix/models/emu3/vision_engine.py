@@ -15,7 +15,7 @@ from paddle import nn
 
 from paddlemix.external_ops import operators, winograd
 from paddlemix.external_ops.spatial_norm import spatial_norm
-from paddlemix.paddle_private import convolution_settings, group_norm_settings, is_untouched
+from paddlemix.paddle_private import convolution_settings, group_norm_settings, is_untouched, to_tensor
 
 from . import onednn
 
@@ -65,7 +65,7 @@ def _by_frame(function, *tensors):
     with onednn.all_cores():
         outs = [function(*(a[i : i + 1] for a in arrays)) for i in range(len(arrays[0]))]
     out = np.ascontiguousarray(np.concatenate(outs).transpose(0, 3, 1, 2))
-    return paddle.to_tensor(out, place=paddle.CPUPlace())
+    return to_tensor(out)
 
 
 def _encode(encoder, x):
