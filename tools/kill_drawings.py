@@ -34,9 +34,10 @@ def arguments(dtype, form):
 
 
 def start(folder, dtype, form, *more):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "paddlemix.commands", *arguments(dtype, form), *more], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
     )  # fmt: skip
 
 
@@ -57,7 +58,11 @@ def kill(process, folder, moment, how, rng):
             time.sleep(1e-4)
         time.sleep(rng.choice([0, rng.uniform(0, 0.01)]))
     process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        raise AssertionError(f"{moment}, {how.name}: it does not end; {process.communicate()[1]}") from None
     if process.returncode == 0:
         return None
     # -SIGINT: before Python or the command takes the signal, and when both are done
