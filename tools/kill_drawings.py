@@ -146,6 +146,7 @@ def main():
             failed, done = failed + 1, done + 1
             print(f"drawing {number} of seed {args.seed}: {error}", flush=True)
         number += 1
+        print(f"drawing {number}, {dtype}: {done} kills, {failed} failed", flush=True)
     print(f"{done} kills of {number} drawings, {failed} failed")
     for name, count in counts.items():
         print(f"  {name}: {count}")
