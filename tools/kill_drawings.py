@@ -35,6 +35,8 @@ def arguments(dtype, form):
 
 def start(folder, dtype, form, *more):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
+    if "paddle" in sys.modules:  # whose import sets it to 1; without the operators a picture depends on the threads
+        env.pop("OMP_NUM_THREADS", None)
     return subprocess.Popen(
         [sys.executable, "-m", "paddlemix.commands", *arguments(dtype, form), *more], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
