@@ -637,6 +637,7 @@ visual = st.integers(920, 13207)
 
 
 @tries(0.5)
+@example([np.zeros([0, 0], np.int64)])
 @given(
     st.one_of(
         st.lists(st.lists(st.one_of(visual, st.sampled_from([912, 913, 919, 709, -1, 2**62])), max_size=9), max_size=2),

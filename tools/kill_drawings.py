@@ -34,9 +34,12 @@ def arguments(dtype, form):
 
 
 def start(folder, dtype, form, *more):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
+    if "paddle" in sys.modules:  # whose import sets it to 1; without the operators a picture depends on the threads
+        env.pop("OMP_NUM_THREADS", None)
     return subprocess.Popen(
         [sys.executable, "-m", "paddlemix.commands", *arguments(dtype, form), *more], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
     )  # fmt: skip
 
 
@@ -57,7 +60,11 @@ def kill(process, folder, moment, how, rng):
             time.sleep(1e-4)
         time.sleep(rng.choice([0, rng.uniform(0, 0.01)]))
     process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        raise AssertionError(f"{moment}, {how.name}: it does not end; {process.communicate()[1]}") from None
     if process.returncode == 0:
         return None
     # -SIGINT: before Python or the command takes the signal, and when both are done
@@ -141,6 +148,7 @@ def main():
             failed, done = failed + 1, done + 1
             print(f"drawing {number} of seed {args.seed}: {error}", flush=True)
         number += 1
+        print(f"drawing {number}, {dtype}: {done} kills, {failed} failed", flush=True)
     print(f"{done} kills of {number} drawings, {failed} failed")
     for name, count in counts.items():
         print(f"  {name}: {count}")

@@ -65,7 +65,8 @@ class Drawing:
         self.cached, self.batch = 0, None  # so many ids are in the cache of this batch for good
         self.reused = 0
         if drawn is not None:
-            self.known += self._check_drawn(drawn)
+            drawn = self._check_drawn(drawn)
+            self.known += len(drawn)
             self.ids[1 : self.known] = drawn
         self.length = max(map(len, self.prompts)) - 1 + len(self.ids)
         self.window = 0
@@ -151,7 +152,7 @@ class Drawing:
         return self.known + int(is_open.argmax()) if is_open.any() else len(self.ids)
 
     def _check_drawn(self, drawn):
-        """The number of positions in `drawn`; InputError where they are not this picture's."""
+        """`drawn` as int64 [positions]; InputError where they are not this picture's."""
         drawn, forced, grammar = whole_numbers("drawn, int64 [positions],", drawn), self.forced[1:], self.grammar
         if drawn.ndim != 1 or len(drawn) > len(forced):
             raise InputError(
@@ -161,7 +162,7 @@ class Drawing:
         is_visual = (grammar.first_visual <= drawn) & (drawn < grammar.first_visual + grammar.codebook_size)
         if not np.where(expected < 0, is_visual, drawn == expected).all():
             raise InputError("drawn holds tokens that cannot stand where they do: it is of a picture of another size")
-        return len(drawn)
+        return drawn
 
 
 class Answer:
