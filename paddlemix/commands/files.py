@@ -4,7 +4,6 @@
 import json
 import os
 import time
-from itertools import product
 from pathlib import Path
 
 from paddlemix.machine import peak_memory
@@ -57,9 +56,19 @@ def frame_paths(folder):
 
 def refuse_to_overwrite(paths, inputs):
     """InputError where one of the paths to write is what one of the inputs is read from."""
-    for path, given in product(paths, inputs):
-        if os.path.exists(path) and os.path.exists(given) and os.path.samefile(path, given):
+    files = {file: given for given in inputs if (file := _file_of(given))}
+    for path in paths:
+        if given := files.get(_file_of(path)):
             raise InputError(f"{given} would be overwritten by the result {path}: give another --output_dir")
+
+
+def _file_of(path):
+    """(device, number) of the file that a path leads to; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class Preview:
