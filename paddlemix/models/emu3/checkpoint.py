@@ -8,7 +8,6 @@ checkpoint's own layout, so that nothing is transposed.
 import contextlib
 import json
 import math
-import os
 import re
 import reprlib
 from pathlib import Path
@@ -18,7 +17,7 @@ from paddlemix.paddle_private import is_parameter, share, to_array
 from paddlemix.utils import InputError, read_json, replacing
 
 from .configuration_emu3 import CONFIG_NAME, QUANTIZATIONS
-from .hub import MINI, MINI_DIRECTORY, PICKLE_SUFFIXES, at_revision, fetch, refuse_pickle
+from .hub import PICKLE_SUFFIXES, at_revision, fetch, local_directory, refuse_pickle
 from .safetensors_file import DTYPES, SafetensorsFile, write_safetensors
 
 SINGLE_NAME = "model.safetensors"
@@ -48,7 +47,7 @@ def open_weights(name_or_path, part="language_model"):
 
 def weights_are_here(name_or_path, part="language_model"):
     """Whether `open_weights` finds the weights, or their index, in a directory, without asking the hub."""
-    directory = MINI_DIRECTORY / part if name_or_path == MINI else Path(os.path.expanduser(str(name_or_path)))
+    directory = local_directory(name_or_path, part)
     return any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
 
 

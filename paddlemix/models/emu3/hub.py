@@ -29,10 +29,7 @@ def fetch(name_or_path, required, optional=(), part="language_model"):
     """
     if not str(name_or_path or "").strip():
         raise InputError("the path of the checkpoint is empty: give a directory or a hub name such as BAAI/Emu3-Gen")
-    try:
-        path = MINI_DIRECTORY / part if name_or_path == MINI else Path(name_or_path).expanduser()
-    except RuntimeError:  # of a ~user that there is not
-        path = Path(name_or_path)
+    path = local_directory(name_or_path, part)
     if path.suffix in PICKLE_SUFFIXES and path.is_file():
         refuse_pickle(name_or_path, path.name)
     if not path.is_dir():
@@ -52,6 +49,14 @@ def fetch(name_or_path, required, optional=(), part="language_model"):
                 "check the path or download it again"
             )
     return path
+
+
+def local_directory(name_or_path, part="language_model"):
+    """Where a checkpoint's files are if they are not the hub's."""
+    try:
+        return MINI_DIRECTORY / part if name_or_path == MINI else Path(name_or_path).expanduser()
+    except RuntimeError:  # of a ~user that there is not
+        return Path(name_or_path)
 
 
 def at_revision(name_or_path, revision):
