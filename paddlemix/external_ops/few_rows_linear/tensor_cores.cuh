@@ -29,20 +29,21 @@ __device__ inline void multiply(float sum[4], const uint32_t a[4], const uint32_
 }
 
 // Two numbers in a word less one number, each.
-__device__ inline uint32_t subtract(uint32_t pair, float number, __half) {
-  __half2 x;
+template <class Pair>
+__device__ inline uint32_t less(uint32_t pair, Pair numbers) {
+  Pair x;
   memcpy(&x, &pair, 4);
-  x = __hsub2(x, __float2half2_rn(number));
+  x = __hsub2(x, numbers);
   memcpy(&pair, &x, 4);
   return pair;
 }
 
+__device__ inline uint32_t subtract(uint32_t pair, float number, __half) {
+  return less(pair, __float2half2_rn(number));
+}
+
 __device__ inline uint32_t subtract(uint32_t pair, float number, __nv_bfloat16) {
-  __nv_bfloat162 x;
-  memcpy(&x, &pair, 4);
-  x = __hsub2(x, __float2bfloat162_rn(number));
-  memcpy(&pair, &x, 4);
-  return pair;
+  return less(pair, __float2bfloat162_rn(number));
 }
 
 // Two numbers in a word, the first in the low half.
