@@ -9,6 +9,7 @@ from paddlemix.processors.emu3_processing import largest_size
 from paddlemix.processors.image_processing_emu3 import over_white, psnr, to_pil
 from paddlemix.utils import InputError
 
+LONGEST_ANSWER = 1024  # tokens, where a caller does not say
 FARTHEST = 5  # times the model's positions: what is drawn beyond is noise, and takes hours
 
 
@@ -199,7 +200,7 @@ class Understanding:
         prompts = batch["input_ids"]
         length = max(map(len, prompts))
         if max_new_tokens is None:
-            max_new_tokens = min(1024, max(1, limit - length))
+            max_new_tokens = min(LONGEST_ANSWER, max(1, limit - length))
         if length + max_new_tokens > limit:
             self.notes.append(
                 f"prompt and answer take up to {length + max_new_tokens} tokens, the model has {limit} positions: "

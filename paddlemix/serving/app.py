@@ -23,6 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from paddlemix.pipelines.steps import LONGEST_ANSWER
 from paddlemix.processors.image_processing_emu3 import over_white, picture_of_bytes
 from paddlemix.utils import InputError, shown
 
@@ -95,7 +96,7 @@ def make_app(engine, *, names, api_key=None, limits=None, cors_origins=(), hosts
     @app.post("/v1/chat/completions", response_model=None)
     async def completions(body: schema.ChatRequest, request: Request):
         name = service.name(body.model, "chat")
-        longest = body.max_completion_tokens or body.max_tokens or min(limits.tokens, 1024)
+        longest = body.max_completion_tokens or body.max_tokens or min(limits.tokens, LONGEST_ANSWER)
         if longest > limits.tokens:
             raise InputError(f"max_tokens is at most {limits.tokens} here, got {longest}")
         turns = await service.turns(body.messages, request)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from paddlemix.pipelines.emu3 import answer_sampling
-from paddlemix.pipelines.steps import answer_text
+from paddlemix.pipelines.steps import LONGEST_ANSWER, answer_text
 from paddlemix.processors.emu3_processing import generate_size, merge_turns
 from paddlemix.processors.image_processing_emu3 import over_white, to_pil
 from paddlemix.utils import InputError, shown, whole_number, whole_numbers
@@ -142,6 +142,11 @@ class Job:
         return all(sequence.is_done for sequence in self.sequences)
 
 
+def check_options(given, known):
+    if unknown := set(given) - set(known):
+        raise InputError(f"unknown options: {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+
+
 class Draw(Job):
     """Pictures of a prompt.
 
@@ -165,9 +170,7 @@ class Draw(Job):
         if not isinstance(self.prompt, str):
             raise InputError(f"prompt must be a text, got {shown(self.prompt)}")
         self.partial_images = whole_number("partial_images", self.partial_images, "a whole number, 0 or more", 0)
-        unknown = set(self.options) - set(DRAW_OPTIONS)
-        if unknown:
-            raise InputError(f"unknown options: {', '.join(sorted(unknown))}; known are {', '.join(DRAW_OPTIONS)}")
+        check_options(self.options, DRAW_OPTIONS)
         self.options.setdefault("seed", secrets.randbits(32))
         _, ratios, area, *_ = pipeline.check_generate(self.prompt, num_images=self.n, **self.options)
         for height, width in {generate_size(ratio, area) for ratio in ratios}:  # of 8 x 8 pixels
@@ -252,9 +255,7 @@ class Chat(Job):
         if self.max_new_tokens is not None:
             name, accepted = "max_new_tokens", "1 or more, a whole number"
             self.max_new_tokens = whole_number(name, self.max_new_tokens, accepted, 1)
-        unknown = set(self.options) - set(CHAT_OPTIONS)
-        if unknown:
-            raise InputError(f"unknown options: {', '.join(sorted(unknown))}; known are {', '.join(CHAT_OPTIONS)}")
+        check_options(self.options, CHAT_OPTIONS)
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"stop must be texts of at least one character, got {shown(self.stop)}")
         self.sampling = answer_sampling(**self.options)
@@ -280,7 +281,7 @@ class Chat(Job):
         if len(prompt) >= limit:
             raise InputError(f"the messages have {len(prompt)} tokens, the model has {limit} positions: shorten them")
         room = max(1, limit - len(prompt))
-        most = min(room, 1024 if self.max_new_tokens is None else self.max_new_tokens)
+        most = min(room, LONGEST_ANSWER if self.max_new_tokens is None else self.max_new_tokens)
         batch.require_memory(len(prompt) + most)
         self.sequences = [Answer(prompt, most, self.pipeline.config, self.sampling)]
 
