@@ -60,16 +60,31 @@ def test_rows_of_a_linear_layer(how, kind, out, columns):
                 assert same(few_rows_linear(x[rows], weight, scale), alone[rows])
 
 
+@COMPILED
+@pytest.mark.parametrize("out, columns", [(1, 1), (13, 70), (67, 300), (200, 1100)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_beside_infinity_and_nan(how, kind):
+def test_many_rows_of_a_linear_layer(compiled, kind, out, columns):
+    weight, scale, _ = make_weight(kind, out, columns)
+    x = random([150, columns])
+    together = few_rows_linear(x, weight, scale)
+    for first, count in ((0, FEW_ROWS + 1), (85, 65), (1, 66), (3, 77), (20, 128)):
+        rows = slice(first, first + count)
+        assert same(few_rows_linear(x[rows], weight, scale), together[rows])
+
+
+@pytest.mark.parametrize("rows", [7, 70])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_beside_infinity_and_nan(how, kind, rows):
+    if rows > few_rows() and how == "paddle":
+        return
     weight, scale, _ = make_weight(kind, 21, 300)
-    x = random([7, 300])
+    x = random([rows, 300])
     alone = few_rows_linear(x, weight, scale)
     x[2, 290], x[5, 0] = np.inf, np.nan
     y = few_rows_linear(x, weight, scale)
     finite = [0, 1, 3, 4, 6]
     assert same(y[finite], alone[finite])
-    for row in (2, 5):
+    for row in (2, 5) if rows <= few_rows() else ():
         np.testing.assert_array_equal(y[row].numpy(), few_rows_linear(x[row : row + 1], weight, scale)[0].numpy())
 
 
@@ -108,6 +123,22 @@ def test_windows_of_attention(how, length, dtype):
     for x in cache:
         x[:, :, start + 5 :] = np.inf
     assert same(cached_attention(query, *cache, paddle.to_tensor([length]))[:, :5], paddle.concat(alone[:5], axis=1))
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype", CACHES)
+@pytest.mark.parametrize("length", [17, 80, 600])
+def test_prompts_of_attention(compiled, length, dtype):
+    """A token of more than MOST_NEW new ones: beside more of them, and beside other rows."""
+    query, cache = 3 * random([2, length, 6, 20], 9), make_cache(2, 2, length + 2, 20, dtype)
+    together = cached_attention(query, *cache, paddle.to_tensor([length, length]))
+    for first, stop in ((0, 17), (max(0, length - 20), length), (length // 3, max(17 + length // 3, length // 2))):
+        if 16 < stop - first and stop <= length:
+            for row in range(2):
+                part = cached_attention(
+                    query[row : row + 1, first:stop], *cache, paddle.to_tensor([stop]), paddle.to_tensor([row])
+                )
+                assert same(part, together[row : row + 1, first:stop])
 
 
 @COMPILED
@@ -171,6 +202,28 @@ def test_rows_and_windows_of_a_decoder_layer(compiled, kind, dtype):
         cache, guesses = [t.clone() for t in start], paddle.concat([x[one, :3], random([1, 5, HIDDEN], 99)], axis=1)
         assert same(run(cache, guesses, [length], place)[:, :3], together[one, :3])
     assert all(same(a[2], b[2]) for a, b in zip(start, window, strict=True))  # the slot of no row
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype", CACHES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_a_decoder_layer(compiled, kind, dtype):
+    layer, new = make_layer(kind), 100
+    cache, x = make_cache(5, KV_HEADS, ROOM, DIM, dtype), random([2, new, HIDDEN], 3)
+
+    def run(x, lengths, slots):
+        """Hidden states, and what the slots hold then."""
+        own = [t.clone() for t in cache]
+        cosine, sine = angles(lengths, x.shape[1])
+        rows = [paddle.to_tensor(numbers) for numbers in (lengths, slots)]
+        return decoder_step(x, *layer, cosine, sine, *own, *rows, 1e-5), own
+
+    lengths, slots = [100, 329], [3, 1]
+    together, both = run(x, lengths, slots)
+    for row in range(2):
+        alone, own = run(x[row : row + 1], lengths[row : row + 1], slots[row : row + 1])
+        assert same(alone, together[row : row + 1])
+        assert all(same(a[slots[row]], b[slots[row]]) for a, b in zip(own, both, strict=True))
 
 
 @pytest.mark.parametrize("cols", [1, 7, 64, 129, 1027])

@@ -8,6 +8,7 @@ from conftest import relative_error
 
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.decoder_step import decoder_step
+from paddlemix.external_ops.few_rows_linear import FEW_ROWS
 from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, modeling_emu3
 from paddlemix.models.emu3.cache import KVCache
 from paddlemix.models.emu3.linear import Emu3Linear
@@ -56,15 +57,18 @@ def step(model, batch, new, past, padded, cache_dtype):
     if padded:
         mask[0, : past // 2] = 0
     cache = KVCache(model.config, batch, past + new + 3, cache_dtype)
+    for x in (*cache.keys, *cache.values):
+        x[:] = paddle.to_tensor(rng.standard_normal(x.shape).astype(np.float32)).astype(cache_dtype)
+    cache.length = past
     with paddle.no_grad():
-        model.model(ids[:, :past], mask[:, :past], past_key_values=cache)
         hidden = model.model(ids[:, past:], mask, past_key_values=cache)
     return [hidden.numpy(), *(x.astype("float32").numpy() for x in (*cache.keys, *cache.values))]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize(
-    "batch, new, past, padded", [(1, 1, 3, False), (2, 1, 300, True), (2, 8, 20, True), (3, 4, 70, False)]
+    "batch, new, past, padded",
+    [(1, 1, 3, False), (2, 1, 300, True), (2, 8, 20, True), (3, 4, 70, False), (1, 20, 70, False), (2, 90, 40, True)],
 )
 def test_equals_the_layer(monkeypatch, calls, dtype, batch, new, past, padded):
     model = make_model(dtype)
@@ -77,9 +81,12 @@ def test_equals_the_layer(monkeypatch, calls, dtype, batch, new, past, padded):
             expected = step(model, batch, new, past, padded, cache_dtype)
         # a key may be rounded to another 16 bit number where sums differ in their last bit
         bound = {"float32": 3e-6, "bfloat16": 8e-3, "float16": 1e-3}[cache_dtype]
+        # and an activation to another number of few bits, of more than FEW_ROWS tokens
+        more = {"float32": 0, "bfloat16": 4e-3, "int8": 1e-4, "int4": 1e-2}[dtype] if batch * new > FEW_ROWS else 0
         for a, b in zip(got, expected, strict=True):
-            assert relative_error(a, b) < bound
-        assert relative_error(got[0], expected[0]) < {"float32": 3e-6, "bfloat16": 2e-3, "float16": 3e-4}[cache_dtype]
+            assert relative_error(a, b) < bound + more
+        bound = {"float32": 3e-6, "bfloat16": 2e-3, "float16": 3e-4}[cache_dtype]
+        assert relative_error(got[0], expected[0]) < bound + more
 
 
 @pytest.mark.parametrize("scaling", [None, {"type": "dynamic", "factor": 2.0}])
@@ -122,7 +129,8 @@ def test_what_it_leaves_to_the_layer(calls):
         assert not calls  # of a pass either all layers or none
     model = make_model()
     calls.clear()
-    step(model, 1, 65, 5, False, "float32")  # too many tokens
+    with paddle.no_grad():
+        model.model(paddle.to_tensor([[1, 2]]))  # without a cache
     cache = model.make_cache(1, 8)
     hidden = model.model(paddle.to_tensor([[1, 2]]), past_key_values=cache)
     hidden = model.model(paddle.to_tensor([[3]]), past_key_values=cache)
@@ -190,7 +198,7 @@ def test_rows_of_their_own_lengths(calls, dtype):
     with paddle.no_grad():
         for row, length, slot in zip(ids, lengths, slots, strict=True):
             model.model.read_prompt(paddle.to_tensor(row[:, :length]), 0, length, slot, cache)
-        assert not calls
+        calls.clear()
         new = paddle.to_tensor(np.concatenate([row[:, -2:] for row in ids]))
         hidden = model.model.step(new, paddle.to_tensor(lengths), paddle.to_tensor(slots), cache)
         assert len(calls) == model.config.num_hidden_layers

@@ -46,6 +46,16 @@ inline Level level() {
 #endif
 }
 
+// Whether it multiplies bfloat16, and nothing less was asked for.
+inline bool has_bfloat16() {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has && level() == VNNI;
+#else
+  return false;
+#endif
+}
+
 template <class To, class From>
 inline __attribute__((always_inline)) To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "sizes differ");
@@ -133,7 +143,8 @@ namespace avx512 {
 using floats = __m512;
 constexpr int WIDTH = 16;
 constexpr bool FUSED = true;  // has instructions for a * b + c
-constexpr int TILE_ROWS = 6, TILE_OUTS = 4;  // of the product of two matrices: sums that the registers hold
+constexpr int TILE_ROWS = 6, TILE_OUTS = 4;  // of a product of few rows: sums that the registers hold
+constexpr int PACKED_ROWS = 12, PACKED_VECTORS = 2;  // the same of a packed product
 
 SIMD_INLINE floats fill(float x) { return _mm512_set1_ps(x); }
 SIMD_INLINE floats fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -177,6 +188,7 @@ using floats = __m256;
 constexpr int WIDTH = 8;
 constexpr bool FUSED = true;
 constexpr int TILE_ROWS = 4, TILE_OUTS = 4;
+constexpr int PACKED_ROWS = 6, PACKED_VECTORS = 2;
 
 SIMD_INLINE floats fill(float x) { return _mm256_set1_ps(x); }
 SIMD_INLINE floats fma(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -214,6 +226,7 @@ typedef float floats __attribute__((vector_size(16)));
 constexpr int WIDTH = 4;
 constexpr bool FUSED = false;
 constexpr int TILE_ROWS = 2, TILE_OUTS = 4;
+constexpr int PACKED_ROWS = 6, PACKED_VECTORS = 2;
 
 SIMD_INLINE floats fill(float x) { return floats{x, x, x, x}; }
 SIMD_INLINE floats fma(floats a, floats b, floats c) { return a * b + c; }
@@ -249,3 +262,9 @@ SIMD_INLINE void load(const uint8_t* p, nibbles n, floats& low, floats& high) {
 #define SIMD_KERNELS "simd_tile.h"
 #include "simd_each.h"
 #undef SIMD_KERNELS
+
+#define SIMD_KERNELS "simd_units.h"
+#include "simd_each.h"
+#undef SIMD_KERNELS
+
+#include "simd_dot.h"

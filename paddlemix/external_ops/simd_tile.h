@@ -62,5 +62,24 @@ SIMD_TARGET inline void products(const T* w, int64_t w_stride, const T* next, co
   sums.total(out);
 }
 
+// Floats as the units of a packed product, and other numbers widened to them; simd_dot.h has the same of bfloat16.
+using units = floats;
+using totals = floats;
+constexpr int UNIT = 1;  // numbers of a unit
+SIMD_TARGET inline __attribute__((always_inline)) units load_units(const uint32_t* p) { return load((const float*)p); }
+SIMD_TARGET inline __attribute__((always_inline)) units fill_units(uint32_t x) { return fill(simd::bit_cast<float>(x)); }
+SIMD_TARGET inline __attribute__((always_inline)) totals multiply(units w, units x, totals total) { return fma(w, x, total); }
+
+SIMD_TARGET inline void round_units(const float* x, int64_t count, uint32_t* units) { std::memcpy(units, x, 4 * count); }
+template <class T>
+SIMD_TARGET inline void row_units(const T* from, int64_t count, uint32_t* units) {
+  float* to = (float*)units;
+  for (int64_t i = 0; i < count; ++i) to[i] = simd::widen(from[i]);
+}
+template <class T>
+SIMD_TARGET inline void column_units(const T* from, int64_t, int, int64_t count, uint32_t* units) {
+  row_units(from, count, units);
+}
+
 }  // namespace SIMD
 }  // namespace simd

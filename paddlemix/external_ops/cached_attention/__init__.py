@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Attention of few new tokens over a cache of slots, on a CPU. Keys and values of 16 bits are widened on the way."""
+"""Attention of new tokens over a cache of slots, on a CPU, without a matrix of all scores."""
 
 import math
 
@@ -10,7 +10,7 @@ from paddlemix.utils import InputError
 
 from .. import operators, wants_gradient
 
-MOST_NEW = 16  # tokens of a row in one call
+MOST_NEW = 16  # tokens of a row in one call that do not change each other's bits
 CACHED = (paddle.float32, paddle.bfloat16, paddle.float16)
 
 
@@ -18,10 +18,10 @@ def cached_attention(query, key, value, lengths, slots=None, allowed=None):
     """Causal grouped-query attention of the last tokens of each row.
 
     Without `allowed` the result of a query is a function of its own keys alone, bit for bit: whatever the other rows,
-    the other new tokens and the number of threads are.
+    the other new tokens and the number of threads are. Only whether there are more than MOST_NEW of them decides.
 
     Args:
-        query: float32 [B, new, H, D], `new` 1 to 16, rotated and not scaled. Query i of row b sees the keys before
+        query: float32 [B, new, H, D], rotated and not scaled. Query i of row b sees the keys before
             lengths[b] - new + 1 + i.
         key, value: float32, bfloat16 or float16 [S, kv, capacity, D], a cache of S slots.
         lengths: int64 [B] on the CPU: tokens of each row in all, the new ones with them.

@@ -18,6 +18,8 @@ namespace cached_attention {
 
 constexpr int BLOCK = 64;   // keys a time
 constexpr int PIECE = 512;  // keys of one thread's task, whole blocks
+constexpr int MOST_NEW = 16;       // tokens of a row; of more the queries are divided among threads, not the keys
+constexpr int TASK_QUERIES = 256;  // of one thread's task
 
 struct Problem {
   const float* query;      // [batch, news, heads, dim]
@@ -46,14 +48,6 @@ struct Piece {
   float* sums;             // [queries, width]
 };
 
-}  // namespace cached_attention
-
-#define SIMD_KERNELS "cached_attention/kernels.h"
-#include "../simd_each.h"
-#undef SIMD_KERNELS
-
-namespace cached_attention {
-
 // The mean of all values of a row: of a query that sees none.
 template <class T>
 void mean(const Problem& p, int64_t row, int64_t head, float* out) {
@@ -63,6 +57,28 @@ void mean(const Problem& p, int64_t row, int64_t head, float* out) {
     for (int64_t j = 0; j < p.dim; ++j) out[j] += simd::widen(values[i * p.dim + j]);
   for (int64_t j = 0; j < p.dim; ++j) out[j] /= p.lengths[row];
 }
+
+}  // namespace cached_attention
+
+#define SIMD_KERNELS "cached_attention/kernels.h"
+#include "../simd_each.h"
+#undef SIMD_KERNELS
+#define SIMD_KERNELS "cached_attention/tiles.h"
+#include "../simd_each.h"
+#undef SIMD_KERNELS
+#if defined(__x86_64__)
+namespace cached_attention::bfloat {  // queries and weights are rounded to what the cache holds
+using namespace simd::bfloat;
+using avx512::hide, avx512::weigh;
+}  // namespace cached_attention::bfloat
+#define SIMD bfloat
+#define SIMD_TARGET SIMD_BFLOAT
+#include "tiles.h"
+#undef SIMD
+#undef SIMD_TARGET
+#endif
+
+namespace cached_attention {
 
 // The queries of a row and key head, of their `count` pieces.
 template <class T>
@@ -89,6 +105,11 @@ void merge(const Problem& p, const Piece* pieces, int64_t count, int64_t width) 
 
 template <class T>
 void attention(const Problem& p) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same<T, simd::bfloat16>::value)
+    if (p.news > MOST_NEW && simd::has_bfloat16()) return bfloat::attend_many<T>(p);
+#endif
+  if (p.news > MOST_NEW) return SIMD_CHOOSE(attend_many<T>)(p);
   const auto attend = SIMD_CHOOSE(attend<T>);
   const int64_t width = SIMD_CHOOSE(padded)(p.dim), queries = p.queries();
   std::vector<Piece> pieces;

@@ -1,6 +1,6 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""A decoder layer for few new tokens over the cache, on a CPU, in one call: a step of many small operators spends as
-long between them as in reading the weights of a small model. The model computes the same with the others."""
+"""A decoder layer for new tokens over the cache, on a CPU, in one call: a step of many small operators spends as long
+between them as in reading the weights of a small model. The model computes the same with the others."""
 
 from paddlemix.utils import InputError
 
@@ -11,7 +11,7 @@ def decoder_step(x, norms, weights, scales, cosine, sine, key, value, lengths, s
     """x + attention(norm(x)), and of that x + mlp(norm(x)). The compiled operator is needed; gives no gradient.
 
     The result of a row, of its window's first tokens too, is a function of itself alone for up to FEW_ROWS rows and
-    tokens in all.
+    tokens in all, and of a row with more new tokens, a part of a prompt, too.
 
     Args:
         x: float32 [B, new, hidden], the last of the tokens of each row.

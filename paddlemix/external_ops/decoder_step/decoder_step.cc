@@ -14,10 +14,10 @@ using Shape = std::vector<int64_t>;
 
 constexpr size_t NORMS = 2, WEIGHTS = 7;
 
-decoder_step::Floats widen(const Tensor& x) {
+std::vector<float> widen(const Tensor& x) {
   return with_float(x.dtype(), "a norm of decoder_step", [&](auto type) {
     const auto* from = static_cast<const decltype(type)*>(x.data());
-    decoder_step::Floats wide(x.numel());
+    std::vector<float> wide(x.numel());
     std::transform(from, from + wide.size(), wide.begin(), [](auto value) { return simd::widen(value); });
     return wide;
   });

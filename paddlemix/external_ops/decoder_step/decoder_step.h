@@ -1,7 +1,9 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// A decoder layer for few new tokens on a CPU, of the other operators' parts; free of Paddle.
+// A decoder layer for new tokens on a CPU, few or a part of a prompt, of the other operators' parts; free of Paddle.
 #pragma once
 
+#include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "../cached_attention/cached_attention.h"
@@ -36,12 +38,47 @@ struct Problem : cached_attention::Problem {
   int64_t rows() const { return batch * news; }
 };
 
-using Floats = std::vector<float>;
+// Numbers that are not set yet. A thread keeps their memory for its next layers: to get new pages from the system would
+// take a tenth of a prompt's time.
+class Floats {
+ public:
+  explicit Floats(int64_t size) {
+    const auto is_better = [&](const Memory& a, const Memory& b) {  // the smallest that is large enough
+      return (a.size >= size) != (b.size >= size) ? a.size >= size : a.size < b.size;
+    };
+    const auto best = std::min_element(kept().begin(), kept().end(), is_better);
+    if (best != kept().end() && best->size >= size) {
+      memory = std::move(*best);
+      kept().erase(best);
+    } else {
+      memory = {std::unique_ptr<float[]>(new float[size]), size};
+    }
+  }
+  Floats(Floats&& other) = default;
+  ~Floats() {
+    if (memory.numbers) kept().push_back(std::move(memory));
+    if (kept().size() > MOST_KEPT) kept().erase(kept().begin());
+  }
+  float* data() { return memory.numbers.get(); }
+  float& operator[](int64_t i) { return memory.numbers[i]; }
 
-inline Floats linear(const Problem& p, const Floats& x, const Weight& w) {
+ private:
+  struct Memory {
+    std::unique_ptr<float[]> numbers;
+    int64_t size;
+  };
+  static constexpr size_t MOST_KEPT = 8;  // as many as a layer has at once
+  static std::vector<Memory>& kept() {
+    static thread_local std::vector<Memory> all;
+    return all;
+  }
+  Memory memory;
+};
+
+inline Floats linear(const Problem& p, const float* x, const Weight& w) {
   Floats y(p.rows() * w.out);
   few_rows_linear::Problem one;
-  one.x = x.data();
+  one.x = x;
   one.weight = w.data;
   one.scale = w.scale;
   one.y = y.data();
@@ -68,18 +105,18 @@ inline Floats rms_norm(const Problem& p, const float* x, const float* scale) {
 
 // K: of the cache, float, simd::bfloat16 or simd::float16.
 template <class K>
-Floats attention(const Problem& p, const Floats& x) {
+Floats attention(const Problem& p, Floats x) {
   const auto rotate = SIMD_CHOOSE(rotate<float>);
   const auto rotate_key = SIMD_CHOOSE(rotate<K>);
-  Floats query = linear(p, x, p.q), out(query.size()), turned(p.dim);
-  const Floats key = linear(p, x, p.k), value = linear(p, x, p.v);
-  for (int64_t b = 0; b < p.batch; ++b)
-    for (int64_t i = 0; i < p.news; ++i) {
-      const int64_t row = b * p.news + i, angle = (p.angles == 1 ? i : row) * p.dim;
+  Floats query = linear(p, x.data(), p.q), key = linear(p, x.data(), p.k), value = linear(p, x.data(), p.v);
+  in_parallel(p.rows(), 1, p.rows() * p.q.out, [&](int64_t row, int64_t end) {
+    Floats turned(p.dim);
+    for (; row < end; ++row) {
+      const int64_t b = row / p.news, i = row % p.news, angle = (p.angles == 1 ? i : row) * p.dim;
       for (int64_t h = 0; h < p.heads; ++h) {
         float* q = &query[(row * p.heads + h) * p.dim];
         rotate(q, p.cosine + angle, p.sine + angle, p.dim, turned.data());
-        std::copy(turned.begin(), turned.end(), q);
+        std::copy(turned.data(), turned.data() + p.dim, q);
       }
       for (int64_t h = 0; h < p.kv_heads; ++h) {
         const int64_t from = (row * p.kv_heads + h) * p.dim;
@@ -88,28 +125,35 @@ Floats attention(const Problem& p, const Floats& x) {
         for (int64_t j = 0; j < p.dim; ++j) norm::narrow(value[from + j], (K*)p.value + to + j);
       }
     }
+  });
+  Floats out(p.rows() * p.q.out);
   cached_attention::Problem over = p;
   over.query = query.data();
   over.out = out.data();
   cached_attention::attention<K>(over);
-  return linear(p, out, p.o);
+  return linear(p, out.data(), p.o);
 }
 
-inline Floats mlp(const Problem& p, const Floats& x) {
+inline Floats mlp(const Problem& p, Floats x) {
   const auto gate = SIMD_CHOOSE(gate);
-  Floats inner = linear(p, x, p.gate);
-  const Floats up = linear(p, x, p.up);
-  in_parallel(inner.size(), 4096, 16 * inner.size(),
-              [&](int64_t begin, int64_t end) { gate(inner.data(), up.data(), begin, end); });
-  return linear(p, inner, p.down);
+  const int64_t size = p.rows() * p.gate.out;
+  Floats inner = linear(p, x.data(), p.gate), up = linear(p, x.data(), p.up);
+  in_parallel(size, 4096, 16 * size, [&](int64_t begin, int64_t end) { gate(inner.data(), up.data(), begin, end); });
+  return linear(p, inner.data(), p.down);
+}
+
+// to = x + more; x may be `to`
+inline void add(const Problem& p, const float* x, Floats more, float* to) {
+  const int64_t size = p.rows() * p.q.in;
+  in_parallel(size, 4096, size, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = x[i] + more[i];
+  });
 }
 
 template <class K>
 void step(const Problem& p) {
-  const Floats attended = attention<K>(p, rms_norm(p, p.x, p.input_norm));
-  for (size_t i = 0; i < attended.size(); ++i) p.y[i] = p.x[i] + attended[i];
-  const Floats more = mlp(p, rms_norm(p, p.y, p.post_norm));
-  for (size_t i = 0; i < more.size(); ++i) p.y[i] += more[i];
+  add(p, p.x, attention<K>(p, rms_norm(p, p.x, p.input_norm)), p.y);
+  add(p, p.y, mlp(p, rms_norm(p, p.y, p.post_norm)), p.y);
 }
 
 }  // namespace decoder_step

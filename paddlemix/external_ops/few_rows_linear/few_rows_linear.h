@@ -26,7 +26,16 @@ struct Problem {
   int64_t groups() const { return (in + GROUP - 1) / GROUP; }
 };
 
-using Outputs = void (*)(const Problem&, int64_t begin, int64_t end);
+// x for many rows: units of 32 bits in tiles of rows, [width][rows of the tile], and of whole numbers for each group
+// what the sums start at and the scale, [rows][groups].
+struct PackedRows {
+  std::vector<uint32_t> units;
+  std::vector<int32_t> start;
+  std::vector<float> scale;
+  int64_t width, groups;
+};
+
+constexpr int PANEL_COLUMNS = 1024;  // inputs of a panel of weights, which is for the second level cache
 
 }  // namespace few_rows_linear
 
@@ -34,20 +43,41 @@ using Outputs = void (*)(const Problem&, int64_t begin, int64_t end);
 #include "../simd_each.h"
 #undef SIMD_KERNELS
 
+#define SIMD_KERNELS "few_rows_linear/panels.h"
+#include "../simd_each.h"
+#undef SIMD_KERNELS
+
+#include "whole.h"
+
 #include "vnni.h"
 
 namespace few_rows_linear {
 
+// The fastest way for many rows.
+template <class T>
+void many(const Problem& p) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same<T, simd::bfloat16>::value)
+    if (simd::has_bfloat16()) return bfloat::many_rows<T>(p);
+  if constexpr (std::is_same<T, int8_t>::value)
+    if (simd::level() == simd::VNNI) return whole16::many_rows<T>(p);
+  if constexpr (std::is_same<T, uint8_t>::value)
+    if (simd::level() == simd::VNNI) return whole8::many_rows<T>(p);
+#endif
+  SIMD_CHOOSE(many_rows<T>)(p);
+}
+
 // T: float, simd::bfloat16, int8_t, or uint8_t for 4 bits.
 template <class T>
 void linear(const Problem& p) {
-  const Outputs outputs = SIMD_CHOOSE(outputs<T>)(p.rows);
+  if (p.rows > FEW_ROWS) return many<T>(p);
   // small pieces, so that the threads end together; of whole tiles
   const int64_t piece = std::min<int64_t>(64, (p.out / (2 * omp_get_max_threads()) + 3) / 4 * 4 + 4);
 #if defined(__x86_64__)
   if constexpr (std::is_same<T, uint8_t>::value)
-    if (p.rows > 0 && p.rows <= FEW_ROWS && simd::level() == simd::VNNI) return linear_vnni(p, piece);
+    if (p.rows > 0 && simd::level() == simd::VNNI) return linear_vnni(p, piece);
 #endif
+  const auto outputs = SIMD_CHOOSE(stream_outputs<T>);
   in_parallel(p.out, piece, p.rows * p.in * p.out, [&](int64_t begin, int64_t end) { outputs(p, begin, end); });
 }
 

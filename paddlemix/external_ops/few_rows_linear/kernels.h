@@ -11,8 +11,6 @@ namespace few_rows_linear {
 namespace SIMD {
 using namespace simd::SIMD;
 
-constexpr int PANEL_OUTS = 64, PANEL_COLUMNS = 1024;  // 256 KB of widened weights, for the second level cache
-
 // --- few rows: R rows from `row` on times O outputs from `o` on, in registers
 
 template <int R, int O, class T>
@@ -96,73 +94,44 @@ SIMD_TARGET void stream_outputs(const Problem& p, int64_t begin, int64_t end) {
     });
 }
 
-// --- many rows: a panel of weights is widened to floats that all rows then use
+// --- many rows: weights are widened to floats, for panels.h
+
+constexpr int GROUP_UNITS = PANEL_COLUMNS;
+inline int64_t row_width(const Problem& p) { return p.in; }
+
+SIMD_TARGET inline __attribute__((always_inline)) totals first_total(const PackedRows&, int64_t) { return fill(0); }
+SIMD_TARGET inline __attribute__((always_inline)) void add_group(totals total, const float*, const PackedRows&, int64_t,
+                                                                 float* sum) {
+  store(sum, total);
+}
+
+inline void row_units(const Problem& p, int64_t row, uint32_t* units, PackedRows&) {
+  std::memcpy(units, p.x + row * p.in, p.in * sizeof(float));
+}
 
 template <class T>
-SIMD_TARGET void widen_columns(const Problem& p, int64_t o, int64_t first, int64_t count, float* to) {
+SIMD_TARGET void weight_units(const Problem& p, int64_t o, int64_t first, int64_t count, uint32_t* to, float*) {
   const T* from = (const T*)p.weight + o * p.in + first;
-  for (int64_t i = 0; i < count * (int64_t)sizeof(T); i += 64)  // the next panel's
-    __builtin_prefetch((const char*)(from + PANEL_COLUMNS) + i, 0, 2);
   const float scale = p.scale ? p.scale[o] : 1;
-  for (int64_t i = 0; i < count; ++i) to[i] = simd::widen(from[i]) * scale;
+  float* out = (float*)to;
+  for (int64_t i = 0; i < count; ++i) out[i] = simd::widen(from[i]) * scale;
 }
 
 template <>
-SIMD_TARGET inline void widen_columns<uint8_t>(const Problem& p, int64_t o, int64_t first, int64_t count, float* to) {
-  const int64_t groups = p.groups();
+SIMD_TARGET inline void weight_units<uint8_t>(const Problem& p, int64_t o, int64_t first, int64_t count, uint32_t* to,
+                                              float*) {
+  float* out = (float*)to;
   for (int64_t i = 0; i < count; i += GROUP) {
-    const int64_t g = o * groups + (first + i) / GROUP;
+    const int64_t g = o * p.groups() + (first + i) / GROUP;
     const uint8_t* from = (const uint8_t*)p.weight + g * (GROUP / 2);
-    __builtin_prefetch(from + PANEL_COLUMNS / 2, 0, 2);
     const nibbles table = scaled_nibbles(p.scale[g]);
     for (int j = 0; j < GROUP / 2; j += WIDTH) {
       floats low, high;
       load(from + j, table, low, high);
-      store(to + i + j, low);
-      store(to + i + j + GROUP / 2, high);
+      store(out + i + j, low);
+      store(out + i + j + GROUP / 2, high);
     }
   }
-}
-
-template <int R, int O>
-SIMD_TARGET void panel_tile(const Problem& p, const float* w, int64_t w_stride, int64_t row, int64_t o, int64_t first,
-                            int64_t count) {
-  float sums[R][O];
-  products<R, O, false, float>(w, w_stride, nullptr, p.x + row * p.in + first, p.in, count, sums);
-  for (int r = 0; r < R; ++r) {
-    float* y = p.y + (row + r) * p.out + o;
-    for (int i = 0; i < O; ++i) y[i] = first ? y[i] + sums[r][i] : sums[r][i];
-  }
-}
-
-template <int R>
-SIMD_TARGET void panel_rows(const Problem& p, const float* w, int64_t w_stride, int64_t row, int64_t begin, int64_t end,
-                            int64_t first, int64_t count) {
-  int64_t o = begin;
-  for (; o + TILE_OUTS <= end; o += TILE_OUTS)
-    panel_tile<R, TILE_OUTS>(p, w + (o - begin) * w_stride, w_stride, row, o, first, count);
-  for (; o < end; ++o) panel_tile<R, 1>(p, w + (o - begin) * w_stride, w_stride, row, o, first, count);
-}
-
-template <class T>
-SIMD_TARGET void panel_outputs(const Problem& p, int64_t begin, int64_t end) {
-  alignas(64) static thread_local float panel[PANEL_OUTS * PANEL_COLUMNS];
-  constexpr auto ROWS = simd::by_rows<TILE_ROWS>([](auto r) { return panel_rows<decltype(r)::value>; });
-  for (; begin < end; begin += PANEL_OUTS) {
-    const int64_t stop = std::min(begin + PANEL_OUTS, end);
-    for (int64_t first = 0; first < p.in; first += PANEL_COLUMNS) {
-      const int64_t count = std::min<int64_t>(PANEL_COLUMNS, p.in - first);
-      for (int64_t o = begin; o < stop; ++o) widen_columns<T>(p, o, first, count, panel + (o - begin) * PANEL_COLUMNS);
-      simd::in_tiles(p.rows, TILE_ROWS, [&](int64_t row, int64_t rows) {
-        ROWS.of[rows](p, panel, PANEL_COLUMNS, row, begin, stop, first, count);
-      });
-    }
-  }
-}
-
-template <class T>
-Outputs outputs(int64_t rows) {
-  return rows <= FEW_ROWS ? stream_outputs<T> : panel_outputs<T>;
 }
 
 // --- rounding to 8 or 4 bits

@@ -18,8 +18,6 @@ namespace few_rows_linear {
 
 #if defined(__x86_64__)
 
-#define SIMD_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
-
 constexpr int VNNI_ROWS = 3;  // whose sums the registers hold
 
 // Rows of x as integers.

@@ -9,7 +9,7 @@ import paddle.nn.functional as F
 from paddle.nn.functional.flash_attention import flash_attention
 
 from paddlemix.external_ops import operators, wants_gradient
-from paddlemix.external_ops.cached_attention import MOST_NEW, cached_attention
+from paddlemix.external_ops.cached_attention import cached_attention
 from paddlemix.utils import InputError
 
 QUERY_CHUNK = 512  # queries a time of the plain attention: never a whole [length, length] matrix
@@ -100,6 +100,11 @@ class Mask:
         return self.past + self.new if self.by_row else paddle.full([rows], self.past + self.new, "int64")
 
     @cached_property
+    def row_slots(self):
+        """int64 [rows] on a CPU, the slots of the rows; None where row i is slot i."""
+        return self.slots if self.slots is None or self.by_row else paddle.full([1], self.slots, "int64")
+
+    @cached_property
     def host_rows(self):
         """[(slot, past)] of the rows, as Python's numbers: on a CPU alone, since a card would be waited for."""
         past = self.past.tolist()
@@ -178,13 +183,13 @@ def attend(query, key, value, mask, dropout=0.0):
 
 
 def _has_cached_attention(query, key, value, mask, dropout):
-    """A pass over rows of the cache on a CPU is computed token by token; elsewhere the compiled operator takes few
-    float32 tokens. It knows padding, but no other mask, and gives no gradient."""
+    """A pass over rows of the cache on a CPU is computed token by token; elsewhere the compiled operator takes float32
+    tokens. It knows padding, but no other mask, and gives no gradient."""
     if not query.place.is_cpu_place() or query.dtype != paddle.float32:
         return False
     if dropout or mask.by_query or wants_gradient(query, key, value):
         return False
-    return mask.by_row or (operators() is not None and mask.new <= MOST_NEW)
+    return mask.by_row or operators() is not None
 
 
 def _attend_chunk(query, key, value, mask, start, stop, dropout):

@@ -13,7 +13,6 @@ from paddlenlp.transformers.model_outputs import CausalLMOutputWithPast
 
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.decoder_step import decoder_step
-from paddlemix.external_ops.few_rows_linear import FEW_ROWS
 from paddlemix.external_ops.fused_ln import fused_rms_norm
 from paddlemix.paddle_private import is_untouched
 from paddlemix.utils import InputError
@@ -109,14 +108,14 @@ class Emu3DecoderLayer(nn.Layer):
         )
 
     def step(self, x, rotary, mask, cache):
-        """What `forward` gives for few tokens on a CPU, by the compiled decoder_step."""
+        """What `forward` gives on a CPU, by the compiled decoder_step."""
         norms, linears = self._parts()
         layer = self.self_attn.layer
         return decoder_step(
             x, [part.weight for part in norms], [part.weight for part in linears],
             None if linears[0].weight_scale is None else [part.weight_scale for part in linears],
             rotary.cos, rotary.sin, cache.keys[layer], cache.values[layer], mask.lengths(x.shape[0]),
-            mask.slots if mask.by_row else None, norms[0].eps, mask.padding,
+            mask.row_slots, norms[0].eps, mask.padding,
         )  # fmt: skip
 
 
@@ -223,7 +222,7 @@ class Emu3Model(CheckpointMixin, nn.Layer):
 
     def _run(self, x, rotary, mask, cache):
         x = x.astype("float32") if x.place.is_cpu_place() else x
-        has_step = self._has_step(x, mask)
+        has_step = cache is not None and self._has_step(x, mask)
         for layer in self.layers:
             if has_step:
                 x = layer.step(x, rotary, mask, cache)
@@ -234,13 +233,10 @@ class Emu3Model(CheckpointMixin, nn.Layer):
         return self.norm(x)
 
     def _has_step(self, x, mask):
-        """decoder_step takes few tokens after others on a CPU and layers as they were made, and gives no gradient."""
-        few = not mask.is_first and x.shape[0] * x.shape[1] <= FEW_ROWS and not mask.by_query
+        """decoder_step takes new tokens of a cache on a CPU and layers as they were made, and gives no gradient."""
         on_cpu = x.dtype == paddle.float32 and x.place.is_cpu_place() and operators() is not None
-        if not few or not on_cpu or paddle.is_grad_enabled() or self.training:
+        if not on_cpu or mask.by_query or paddle.is_grad_enabled() or self.training:
             return False
-        if not mask.by_row and mask.slots is not None:
-            return False  # a prompt's own row is a view of the cache
         return all(layer.is_plain() for layer in self.layers)
 
 
