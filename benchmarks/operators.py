@@ -35,6 +35,7 @@ NEW_TOKENS, BATCH = (1, 16), 2
 CACHE_BLOCK = 1024  # the capacity of a cache is a multiple of it
 CHECKED = 16  # rows of a product that are compared
 LARGEST_ERROR = 1e-5  # of the largest result
+ROUNDED = {"bfloat16": 5e-3, "int8": 1e-4, "int4": 2e-2}  # where activations are rounded beside weights of these
 
 
 def add_arguments(parser):
@@ -79,7 +80,7 @@ def medians(sides):
 
 
 def equal(case):
-    return case["error"] <= LARGEST_ERROR  # NaN is not
+    return case["error"] <= case.get("bound", LARGEST_ERROR)  # NaN is not
 
 
 # --- in a process of its own -----------------------------------------------------------------------------
@@ -151,6 +152,7 @@ def linear(side, sizes, row_counts, rotate):
                     places = np.linspace(0, rows - 1, min(rows, CHECKED)).astype(int)
                     reference = tensor_of(side, x[places].astype(np.float64)).matmul(exact, transpose_y=True)
                     values["error"] = error(multiply(given, *weight).numpy()[places], reference)
+                    values["bound"] = ROUNDED.get(kind, LARGEST_ERROR)
                 calls = [functools.partial(multiply, given, *each) for each in turns]
                 yield f"{name} [{out}, {columns}] | {kind} | {rows}", calls, values
 

@@ -111,12 +111,12 @@ def test_rows_of_attention(how, heads, kv_heads, dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", CACHES)
-@pytest.mark.parametrize("length", [16, 60, 70, 130, 262, 519, 1300])
+@pytest.mark.parametrize("length", [64, 70, 130, 262, 519, 1300])
 def test_windows_of_attention(how, length, dtype):
     query, cache = 3 * random([1, MOST_NEW, 4, 64], 9), make_cache(1, 2, 1302, 64, dtype)
     start = length - MOST_NEW
     alone = [cached_attention(query[:, i : i + 1], *cache, paddle.to_tensor([start + i + 1])) for i in range(MOST_NEW)]
-    for new in (2, 3, 8, MOST_NEW):
+    for new in (2, 3, 8, 17, MOST_NEW):
         window = cached_attention(query[:, :new], *cache, paddle.to_tensor([start + new]))
         assert same(window, paddle.concat(alone[:new], axis=1))
     # what stands behind a token takes no part, not even as infinity times nothing
@@ -127,18 +127,17 @@ def test_windows_of_attention(how, length, dtype):
 
 @COMPILED
 @pytest.mark.parametrize("dtype", CACHES)
-@pytest.mark.parametrize("length", [17, 80, 600])
+@pytest.mark.parametrize("length", [80, 200, 600])
 def test_prompts_of_attention(compiled, length, dtype):
     """A token of more than MOST_NEW new ones: beside more of them, and beside other rows."""
     query, cache = 3 * random([2, length, 6, 20], 9), make_cache(2, 2, length + 2, 20, dtype)
     together = cached_attention(query, *cache, paddle.to_tensor([length, length]))
-    for first, stop in ((0, 17), (max(0, length - 20), length), (length // 3, max(17 + length // 3, length // 2))):
-        if 16 < stop - first and stop <= length:
-            for row in range(2):
-                part = cached_attention(
-                    query[row : row + 1, first:stop], *cache, paddle.to_tensor([stop]), paddle.to_tensor([row])
-                )
-                assert same(part, together[row : row + 1, first:stop])
+    for first, stop in ((0, 65), (length - 70, length), (length // 7, 67 + length // 7)):
+        for row in range(2):
+            part = cached_attention(
+                query[row : row + 1, first:stop], *cache, paddle.to_tensor([stop]), paddle.to_tensor([row])
+            )
+            assert same(part, together[row : row + 1, first:stop])
 
 
 @COMPILED

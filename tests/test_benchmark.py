@@ -300,7 +300,7 @@ def test_operators_are_measured_and_compared(part):
     sides = {side: operators.measure(part, side, operators.SMALL, 0)
              for side in operators.PARTS[part].sides if side != "torch"}  # fmt: skip
     for case, values in sides["ours"].items():
-        assert values["error"] < operators.LARGEST_ERROR, case
+        assert operators.equal(values), case
     for side, cases in sides.items():
         expected = [case for case in sides["ours"] if part == "attention" or side != "paddle" or "float32" in case]
         assert list(cases) == expected and all(values["seconds"] > 0 for values in cases.values())
@@ -313,7 +313,7 @@ def test_a_wrong_result_of_an_operator_is_seen(monkeypatch):
     from paddlemix.external_ops import few_rows_linear as module
 
     right = module.few_rows_linear
-    monkeypatch.setattr(module, "few_rows_linear", lambda x, *weight: right(x, *weight) * 1.0001)
+    monkeypatch.setattr(module, "few_rows_linear", lambda x, *weight: right(x, *weight) * 1.03)
     cases = operators.measure("linear", "ours", operators.SMALL, 0)
     assert not any(operators.equal(values) for values in cases.values())
     codes, latents = np.array([1, 1]), np.array([[0.0, 1.0], [3.0, 0.0]])

@@ -81,8 +81,8 @@ def test_equals_the_layer(monkeypatch, calls, dtype, batch, new, past, padded):
             expected = step(model, batch, new, past, padded, cache_dtype)
         # a key may be rounded to another 16 bit number where sums differ in their last bit
         bound = {"float32": 3e-6, "bfloat16": 8e-3, "float16": 1e-3}[cache_dtype]
-        # and an activation to another number of few bits, of more than FEW_ROWS tokens
-        more = {"float32": 0, "bfloat16": 4e-3, "int8": 1e-4, "int4": 1e-2}[dtype] if batch * new > FEW_ROWS else 0
+        # and an activation to another number of few bits
+        more = {"float32": 0, "bfloat16": 4e-3 * (batch * new > FEW_ROWS), "int8": 1e-4, "int4": 1e-2}[dtype]
         for a, b in zip(got, expected, strict=True):
             assert relative_error(a, b) < bound + more
         bound = {"float32": 3e-6, "bfloat16": 2e-3, "float16": 3e-4}[cache_dtype]
@@ -203,4 +203,5 @@ def test_rows_of_their_own_lengths(calls, dtype):
         hidden = model.model.step(new, paddle.to_tensor(lengths), paddle.to_tensor(slots), cache)
         assert len(calls) == model.config.num_hidden_layers
         for got, row in zip(hidden, ids, strict=True):
-            assert relative_error(got.numpy(), model.model(paddle.to_tensor(row))[0, -2:].numpy()) < 1e-5
+            bound = {"int8": 1e-3, "int4": 3e-2}.get(dtype, 1e-5)  # where an activation is rounded to another number
+            assert relative_error(got.numpy(), model.model(paddle.to_tensor(row))[0, -2:].numpy()) < bound

@@ -11,7 +11,7 @@ import pytest
 from conftest import golden, relative_error
 
 from paddlemix import external_ops
-from paddlemix.external_ops import few_rows_linear, winograd
+from paddlemix.external_ops import cached_attention, few_rows_linear, winograd
 from paddlemix.models.emu3 import Emu3ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +88,7 @@ def test_numbers_that_both_languages_name():
     assert library.emu3_ops_version() == external_ops.VERSION
     assert library.emu3_ops_group() == few_rows_linear.GROUP
     assert library.emu3_ops_few_rows() == few_rows_linear.FEW_ROWS
+    assert library.emu3_ops_most_new() == cached_attention.MOST_NEW
     assert library.emu3_ops_winograd_inputs() == winograd.INPUTS
     assert library.emu3_ops_winograd_outputs() == winograd.OUTPUTS
 

@@ -72,7 +72,7 @@ def load(directory, dtype=None):
 
 def logits_of(model, ids=IDS):
     with paddle.no_grad():
-        return model(ids).logits.numpy()
+        return model(ids, use_cache=False).logits.numpy()  # in which keys and values have 16 bits
 
 
 def state_of(model):
@@ -156,7 +156,11 @@ def test_computes_with_what_is_stored(language_dir, tmp_path, dtype):
     model = load(language_dir, dtype)
     twin = float_twin(tmp_path, model)
     for ids in (IDS, IDS[:, :1], IDS[:, :3]):
-        assert relative_error(logits_of(model, ids), logits_of(twin, ids)) < 1e-5
+        expected = logits_of(twin, ids)
+        with external_ops.without_operators():  # which round nothing else
+            assert relative_error(logits_of(model, ids), expected) < 1e-5
+        # activations are rounded by less than weights were
+        assert relative_error(logits_of(model, ids), expected) < {"int8": 1e-3, "int4": 0.03, "bfloat16": 0.01}[dtype]
     assert model(IDS).logits.dtype == paddle.float32 and model.weight_dtype == dtype
     with paddle.no_grad():
         hidden = Emu3Model.from_pretrained(language_dir, dtype=dtype)(IDS)
@@ -168,8 +172,9 @@ def test_bfloat16_is_float32_with_rounded_weights(language_dir, tmp_path):
     rounded = load(write_checkpoint(tmp_path, "language_model", weights), "float32")
     model = load(language_dir, "bfloat16")
     assert {str(p.dtype) for p in model.parameters()} == {"paddle.bfloat16"}
-    assert relative_error(logits_of(model), logits_of(rounded)) < 1e-5
-    assert relative_error(logits_of(model), DATA["plain_logits"]) > 1e-4
+    with external_ops.without_operators():  # which round activations to bfloat16 too, where many are multiplied
+        assert relative_error(logits_of(model), logits_of(rounded)) < 1e-5
+        assert relative_error(logits_of(model), DATA["plain_logits"]) > 1e-4
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.03), ("int8", 0.05), ("int4", 0.6)])

@@ -10,7 +10,7 @@ from paddlemix.utils import InputError
 
 from .. import operators, wants_gradient
 
-MOST_NEW = 16  # tokens of a row in one call that do not change each other's bits
+MOST_NEW = 64  # tokens of a row in one call that do not change each other's bits
 CACHED = (paddle.float32, paddle.bfloat16, paddle.float16)
 
 

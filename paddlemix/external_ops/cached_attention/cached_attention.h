@@ -18,7 +18,7 @@ namespace cached_attention {
 
 constexpr int BLOCK = 64;   // keys a time
 constexpr int PIECE = 512;  // keys of one thread's task, whole blocks
-constexpr int MOST_NEW = 16;       // tokens of a row; of more the queries are divided among threads, not the keys
+constexpr int MOST_NEW = 64;       // tokens of a row; of more the queries are divided among threads, not the keys
 constexpr int TASK_QUERIES = 256;  // of one thread's task
 
 struct Problem {

@@ -49,34 +49,23 @@ constexpr int PANEL_COLUMNS = 1024;  // inputs of a panel of weights, which is f
 
 #include "whole.h"
 
-#include "vnni.h"
-
 namespace few_rows_linear {
-
-// The fastest way for many rows.
-template <class T>
-void many(const Problem& p) {
-#if defined(__x86_64__)
-  if constexpr (std::is_same<T, simd::bfloat16>::value)
-    if (simd::has_bfloat16()) return bfloat::many_rows<T>(p);
-  if constexpr (std::is_same<T, int8_t>::value)
-    if (simd::level() == simd::VNNI) return whole16::many_rows<T>(p);
-  if constexpr (std::is_same<T, uint8_t>::value)
-    if (simd::level() == simd::VNNI) return whole8::many_rows<T>(p);
-#endif
-  SIMD_CHOOSE(many_rows<T>)(p);
-}
 
 // T: float, simd::bfloat16, int8_t, or uint8_t for 4 bits.
 template <class T>
 void linear(const Problem& p) {
-  if (p.rows > FEW_ROWS) return many<T>(p);
   // small pieces, so that the threads end together; of whole tiles
   const int64_t piece = std::min<int64_t>(64, (p.out / (2 * omp_get_max_threads()) + 3) / 4 * 4 + 4);
+  const bool few = p.rows <= FEW_ROWS;
 #if defined(__x86_64__)
+  if constexpr (std::is_same<T, simd::bfloat16>::value)
+    if (!few && simd::has_bfloat16()) return bfloat::many_rows<T>(p);
+  if constexpr (std::is_same<T, int8_t>::value)
+    if (simd::level() == simd::VNNI) return few ? whole16::few_rows(p, piece) : whole16::many_rows<T>(p);
   if constexpr (std::is_same<T, uint8_t>::value)
-    if (p.rows > 0 && simd::level() == simd::VNNI) return linear_vnni(p, piece);
+    if (simd::level() == simd::VNNI) return few ? whole8::few_rows(p, piece) : whole8::many_rows<T>(p);
 #endif
+  if (!few) return SIMD_CHOOSE(many_rows<T>)(p);
   const auto outputs = SIMD_CHOOSE(stream_outputs<T>);
   in_parallel(p.out, piece, p.rows * p.in * p.out, [&](int64_t begin, int64_t end) { outputs(p, begin, end); });
 }

@@ -77,15 +77,16 @@ SIMD_TARGET void multiply_panels(const Problem& p, const PackedRows& x, int64_t 
   }
 }
 
-// x as units, in the tiles that multiply_panels takes.
-SIMD_TARGET inline void pack_rows(const Problem& p, PackedRows& x) {
+// x as units, in tiles of at most MOST rows.
+template <int MOST>
+SIMD_TARGET void pack_rows(const Problem& p, PackedRows& x) {
   x.width = row_width(p);
   x.groups = p.groups();
   x.units.resize(p.rows * x.width);
   x.start.resize(p.rows * x.groups);
   x.scale.resize(p.rows * x.groups);
   std::vector<std::pair<int64_t, int64_t>> tiles;
-  simd::in_tiles(p.rows, PACKED_ROWS, [&](int64_t row, int64_t rows) { tiles.push_back({row, rows}); });
+  simd::in_tiles(p.rows, MOST, [&](int64_t row, int64_t rows) { tiles.push_back({row, rows}); });
   in_parallel(tiles.size(), 1, 16 * p.rows * p.in, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> units(x.width);
     for (; begin < end; ++begin) {
@@ -102,7 +103,7 @@ SIMD_TARGET inline void pack_rows(const Problem& p, PackedRows& x) {
 template <class T>
 SIMD_TARGET void many_rows(const Problem& p) {
   static thread_local PackedRows x;  // its memory is kept: new pages take the system longer than the packing
-  pack_rows(p, x);
+  pack_rows<PACKED_ROWS>(p, x);
   in_parallel(p.out, PANEL_OUTS, p.rows * p.in * p.out,
               [&, from = &x](int64_t begin, int64_t end) { multiply_panels<T>(p, *from, begin, end); });
 }

@@ -1,5 +1,6 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// Many rows by what some processors have for neural networks; few_rows_linear.h includes it. panels.h does the rest.
+// Linear layers by what some processors have for neural networks; few_rows_linear.h includes it. What is said here of
+// each kind of arithmetic, streams.h uses for few rows, and panels.h for many.
 //
 //   bfloat:  bfloat16 weights times x rounded to bfloat16, sums of floats (AVX-512 BF16)
 //   whole16: int8 weights times x rounded to 16 bits, a scale for each 128 inputs of a row (AVX-512 VNNI)
@@ -61,6 +62,19 @@ SIMD_VNNI void weight_units(const Problem& p, int64_t o, int64_t first, int64_t 
   for (int64_t i = 0; i < count; ++i) wide[i] = from[i];
   for (int64_t g = 0; g * GROUP < count; ++g) scale[g * PACKED_VECTORS * WIDTH] = p.scale[o];
 }
+
+inline int64_t row_bytes(const Problem& p) { return p.in; }
+constexpr int GROUP_BYTES = GROUP;
+SIMD_VNNI inline __attribute__((always_inline)) units stream_units(const uint8_t* w, int s) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w + s));
+}
+SIMD_VNNI inline __attribute__((always_inline)) totals begin_total(const PackedRows&, int64_t) {
+  return _mm512_setzero_si512();
+}
+inline float group_scale(const Problem&, const PackedRows& x, int64_t, int64_t r, int64_t g) {
+  return x.scale[r * x.groups + g];
+}
+inline float end_sum(const Problem& p, int64_t o, float sum) { return sum * p.scale[o]; }
 }  // namespace whole16
 
 namespace whole8 {
@@ -82,6 +96,20 @@ SIMD_VNNI void weight_units(const Problem& p, int64_t o, int64_t first, int64_t 
     scale[i / GROUP * PACKED_VECTORS * WIDTH] = p.scale[g];
   }
 }
+
+inline int64_t row_bytes(const Problem& p) { return p.groups() * GROUP / 2; }
+constexpr int GROUP_BYTES = GROUP / 2;
+SIMD_VNNI inline __attribute__((always_inline)) units stream_units(const uint8_t* w, int s) {
+  const __m512i both = _mm512_loadu_si512(w);
+  return _mm512_and_si512(s ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
+}
+SIMD_VNNI inline __attribute__((always_inline)) totals begin_total(const PackedRows& x, int64_t at) {
+  return _mm512_zextsi128_si512(_mm_cvtsi32_si128(x.start[at]));  // in one of the sums
+}
+inline float group_scale(const Problem& p, const PackedRows& x, int64_t o, int64_t r, int64_t g) {
+  return p.scale[o * x.groups + g] * x.scale[r * x.groups + g];
+}
+inline float end_sum(const Problem&, int64_t, float sum) { return sum; }
 }  // namespace whole8
 
 namespace bfloat {
@@ -109,9 +137,11 @@ SIMD_BFLOAT void weight_units(const Problem& p, int64_t o, int64_t first, int64_
 #define SIMD_TARGET SIMD_VNNI
 #define SIMD whole16
 #include "panels.h"
+#include "streams.h"
 #undef SIMD
 #define SIMD whole8
 #include "panels.h"
+#include "streams.h"
 #undef SIMD
 #undef SIMD_TARGET
 #define SIMD_TARGET SIMD_BFLOAT
