@@ -159,6 +159,7 @@ SIMD_INLINE floats load(const float16* p) { return _mm512_cvtph_ps(_mm256_loadu_
 SIMD_INLINE floats load(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
+SIMD_INLINE float largest(floats x) { return _mm512_reduce_max_ps(x); }
 SIMD_INLINE __m256 half(floats x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
 // The sums of four vectors.
 SIMD_INLINE void sum4(floats a, floats b, floats c, floats d, float* out) {
@@ -203,6 +204,11 @@ SIMD_INLINE floats load(const float16* p) { return _mm256_cvtph_ps(_mm_loadu_si1
 SIMD_INLINE floats load(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
+SIMD_INLINE float largest(floats x) {
+  __m128 most = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+  return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+}
 SIMD_INLINE void sum4(floats a, floats b, floats c, floats d, float* out) {
   const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
@@ -236,6 +242,7 @@ template <class T>
 SIMD_INLINE floats load(const T* p) {
   return floats{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
 }
+SIMD_INLINE float largest(floats x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
 SIMD_INLINE void sum4(floats a, floats b, floats c, floats d, float* out) {
   for (const floats& x : {a, b, c, d}) *out++ = (x[0] + x[1]) + (x[2] + x[3]);
 }

@@ -57,19 +57,17 @@ SIMD_TARGET void mix(const T* value, const T* next, int64_t v_stride, const floa
 // keeps the largest and the weights' sum.
 SIMD_TARGET inline void weigh(float* scores, float& largest, float& total, float* sums, int64_t width) {
   floats top = fill(largest), weights = fill(0);
-  float lanes[WIDTH], sum = 0;
+  float sum[4];
   for (int j = 0; j < BLOCK; j += WIDTH) top = max(top, load(scores + j));
-  store(lanes, top);
-  const float most = *std::max_element(lanes, lanes + WIDTH);
+  const float most = simd::SIMD::largest(top);
   for (int j = 0; j < BLOCK; ++j) {
     const float weight = simd::exponential<FUSED>(scores[j] - most);
     scores[j] = scores[j] == -INFINITY ? 0 : weight;
   }
   for (int j = 0; j < BLOCK; j += WIDTH) weights = fma(load(scores + j), fill(1), weights);
-  store(lanes, weights);
-  for (float lane : lanes) sum += lane;
+  sum4(weights, weights, weights, weights, sum);
   const float before = simd::exponential(largest - most);
-  total = total * before + sum;
+  total = total * before + sum[0];
   if (before != 1)
     for (int64_t i = 0; i < width; ++i) sums[i] *= before;
   largest = most;
