@@ -78,17 +78,14 @@ def read_rate(parts, read=np.sum, repeats=5):
 
 
 class LanguageModel:
-    """The model as the engine runs it; `benchmarks/prompts.py` says of what the functions are."""
+    """The model as decoding.Batch runs it; what its functions are stands in prompts.measure."""
 
     modes = ("",)
 
     def __init__(self, directory, dtype):
-        import paddle
-
         from paddlemix.models.emu3 import Emu3ForCausalLM
 
         self.model = Emu3ForCausalLM.from_pretrained(directory, dtype=dtype, progress=False)
-        paddle.set_grad_enabled(False)
 
     def reader(self, mode, length):
         cache = self._cache(1, length)
@@ -102,8 +99,9 @@ class LanguageModel:
 
         last = len(ids) - 1
         for past in range(0, last, PROMPT_CHUNK["cpu"]):
-            part = ids[past : min(past + PROMPT_CHUNK["cpu"], last)]
-            self.model.model.read_prompt(paddle.to_tensor([part]), past, len(ids), slot, cache)
+            part = paddle.to_tensor([ids[past : min(past + PROMPT_CHUNK["cpu"], last)]])
+            with paddle.no_grad():
+                self.model.model.read_prompt(part, past, len(ids), slot, cache)
         return self._step([ids[last]], [last], [slot], cache)[0]
 
     def stepper(self, mode, prompt, length, rows):
@@ -129,4 +127,5 @@ class LanguageModel:
         import paddle
 
         ids, past, slots = (paddle.to_tensor(np.array(x, np.int64)) for x in (ids, past, slots))
-        return self.model.lm_head(self.model.model.step(ids.unsqueeze(-1), past, slots, cache)[:, 0]).numpy()
+        with paddle.no_grad():
+            return self.model.lm_head(self.model.model.step(ids.unsqueeze(-1), past, slots, cache)[:, 0]).numpy()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from machine import describe
-from measure import LLAMA, call, timed
+from measure import LLAMA, ROOT, call, timed
 
 HAS_LLAMA = True
 CONFIG = {"model_type": "Emu3", "torch_dtype": "bfloat16", "num_hidden_layers": 4}  # all else as released
@@ -20,6 +20,7 @@ BESIDE = {"int8": "Q8_0", "int4": "Q4_0", "bfloat16": "F16"}
 LEAST_CORRELATION = {"int8": 0.99, "int4": 0.9, "bfloat16": 0.99}  # two kinds of 4 bits differ by more
 SHORT_PROMPT = 40  # tokens of each row before it is decoded
 STEPS = 16
+PLOT = ROOT / "docs/prompts.svg"
 
 TITLE = "Prompts and decoding beside llama.cpp, the released width x 4 layers"
 HEADS = ["", "weights", "ours, tokens/s", "llama.cpp, tokens/s", "ours / llama.cpp", "llama.cpp's best"]
@@ -29,7 +30,10 @@ Hidden 4096, intermediate 14336, 32 heads, 8 key heads, the whole head of 184,62
 prompt: all of its tokens and the logits after it; ours in the parts that the engine reads it in, llama.cpp's with
 n_batch = n_ubatch = 512. Decoding: tokens of all rows together, each after {SHORT_PROMPT} tokens, with all logits; the
 median of {STEPS} passes. Every matrix of a GGUF file is of the one type, the head too. llama.cpp is compiled for the
-machine, and measured with its flash attention and without; the better one counts.
+machine, and measured with its flash attention and without. Of both sides the fastest round counts. Equal: logits after
+the shortest prompt and of the last pass of the most rows.
+
+![Tokens a second of prompts](../docs/{PLOT.name})
 """
 
 
@@ -38,7 +42,7 @@ def add_arguments(parser):
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048, 4200, 8200], help="tokens of prompts")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8], help="rows that are decoded together")
     parser.add_argument("--rounds", type=int, default=2, help="of each side")
-    parser.add_argument("--plot", type=Path, help="draw the prompts' part of the table as this SVG")
+    parser.add_argument("--plot", type=Path, default=PLOT, help="the prompts' part of the table as an SVG")
 
 
 def run(args, page):
@@ -62,8 +66,7 @@ def run(args, page):
         page.put(TITLE, HEADS, lines(dtype, rounds), TEXT, {f"prompts {dtype}": note}, names=2)
         versions = {name: text for found in rounds.values() for name, text in found[0]["versions"].items()}
         page.put_machine([f"prompts {dtype}"], describe(versions))
-        if args.plot:
-            plot(page.cells(TITLE), args.plot)
+        plot(page.cells(TITLE), args.directory / PLOT.name if args.small else args.plot)
         yield dtype, is_equal, rounds
 
 
@@ -77,9 +80,12 @@ def write(side, directory, small):
 
 
 def measure(side, directory, dtype, lengths, rows, output):
-    """{mode of the side: {"prompts": {tokens: seconds}, "steps": {rows: seconds of a pass}}}
+    """{"modes": {mode of the side: {"prompts": {tokens: seconds}, "steps": {rows: seconds of a pass}}}}
 
     Into `output` go logits [1 + rows, vocab_size]: after the shortest prompt, and of the last pass of the most rows.
+    A side's LanguageModel has `modes`; `reader(mode, length)`, a function that reads a prompt of up to `length` tokens
+    and gives the logits after it; and `stepper(mode, prompt, length, rows)`, one that takes each row's next token after
+    the prompt and gives logits [rows, vocab_size].
     """
     model = side.LanguageModel(Path(directory), dtype)
     result = {}

@@ -311,10 +311,7 @@ def test_prompts_and_steps_of_ours_are_measured(tmp_path, monkeypatch):
     few = {count: [(7 * i) % 100 for i in range(count)] for count in range(800)}
     monkeypatch.setattr(prompts, "tokens", few.get)
     directory, output = write_checkpoint(tmp_path, "language_model"), tmp_path / "logits.npy"
-    try:
-        found = prompts.measure(ours, directory, "float32", [520, 600], [1, 2], output)["modes"][""]
-    finally:
-        paddle.set_grad_enabled(True)
+    found = prompts.measure(ours, directory, "float32", [520, 600], [1, 2], output)["modes"][""]
     assert {kind: sorted(times) for kind, times in found.items()} == {"prompts": [520, 600], "steps": [1, 2]}
     model, fed = Emu3ForCausalLM.from_pretrained(directory, dtype="float32"), few[2 * (1 + prompts.STEPS)]
     rows = [few[520], *(few[prompts.SHORT_PROMPT] + fed[row::2] for row in range(2))]
@@ -362,14 +359,14 @@ def test_the_table_beside_llama(tmp_path, monkeypatch):
         return {"modes": modes, "versions": {side: "1"}}
 
     monkeypatch.setattr(prompts, "call", call)
-    options = ["--llama_python", sys.executable, "--dtypes", "int4", "--plot", str(tmp_path / "plot.svg")]
+    options = ["--llama_python", sys.executable, "--dtypes", "int4"]
     args, page = bench.parse(["prompts", "--small", "--directory", str(tmp_path), *options]), Page()
     assert [(part, equal) for part, equal, _ in prompts.run(args, page)] == [("int4", True)]
     body = page.sections[prompts.TITLE].splitlines()
     assert "| a prompt of 20 tokens | int4, Q4_0 | 10.0 | 5.0 | **2.00** | b |" in body
     assert "| decoding, rows: 2 | int4, Q4_0 | 4.0 | 4.0 | **1.00** | b |" in body
     assert "- prompts int4: equal: logits correlate by 1.0000 or more; 2 of 2 greedy tokens same" in body
-    assert "</svg>" in (tmp_path / "plot.svg").read_text()
+    assert "</svg>" in (tmp_path / "prompts.svg").read_text()
     assert prompts.compare_logits(logits, logits[::-1], 0.9)[1].startswith("**NOT EQUAL**")
     assert prompts.lines("int8", {"ours": [{"modes": {"": {"prompts": {"8": 2.0}, "steps": {}}}}]}) == [
         ["a prompt of 8 tokens", "int8, Q8_0", "4.0", "-", "-", "-"]

@@ -22,6 +22,7 @@ FILES = {"bfloat16": "F16.gguf", "int8": "Q8_0.gguf", "int4": "Q4_0.gguf"}
 ERROR = 4  # the level of its messages that are shown
 callbacks = []  # that must outlive the calls to them
 BATCH = 512  # tokens of a prompt that are read at once: llama.cpp's default of n_ubatch
+ROWS = 4096  # of a matrix that are in float32 at once
 # the released names -> those of the architecture "llama"
 RENAMINGS = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",
@@ -100,7 +101,9 @@ def write_f16(directory, path):
     out.write_kv_data_to_file()
     out.write_ti_data_to_file()
     for name, bits in tensors.items():
-        tensor = (bits.astype(np.uint32) << 16).view(np.float32).astype(types[name])
+        tensor = np.empty(bits.shape, types[name])
+        for start in range(0, len(bits), ROWS):
+            tensor[start : start + ROWS] = (bits[start : start + ROWS].astype(np.uint32) << 16).view(np.float32)
         count = heads.get(name.split(".")[-2])
         out.write_tensor_data(interleaved(tensor, count) if count else tensor)
     out.close()
