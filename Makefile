@@ -18,6 +18,10 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 PEER_NEEDS := benchmarks/peer/requirements.txt
 PEER_PYTHON ?= .venv-peer/bin/python
 
+# The other peer, llama.cpp, is compiled for this machine; LLAMA_PYTHON=... names a Python that has it already.
+LLAMA_NEEDS := benchmarks/peer/llama_requirements.txt
+LLAMA_PYTHON ?= .venv-llama/bin/python
+
 OUT := demo_output
 PICTURE := paddlemix/demo_images/emu3_demo.png
 SCENE := paddlemix/demo_images/emu3_scene.png
@@ -44,7 +48,8 @@ help:
 	@echo "make lint   ruff only"
 	@echo "make venv   .venv with all that is needed; the others make it themselves; .venv/bin/emu3 lists the commands"
 	@echo "make bench  side by side with transformers, into benchmarks/RESULTS.md; BENCH=--quick takes minutes, not an hour;"
-	@echo "            BENCH=operators, released, quality, serving or loading are the other benchmarks, BENCH=--help lists them"
+	@echo "            BENCH=prompts is beside llama.cpp; operators, released, quality, serving and loading are the others,"
+	@echo "            BENCH=--help lists them"
 	@echo "make clean  remove all of that"
 	@echo
 	@echo "PYTHON=...  the Python to use: 3.10, 3.11 or 3.12"
@@ -127,9 +132,19 @@ fuzz: ops
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-peer/bin/python -m pip install -qq -r $(PEER_NEEDS)
 	@touch $@
 
-bench: venv $(if $(filter .venv-peer/%,$(PEER_PYTHON)),.venv-peer/ready)
-	PEER_PYTHON="$(PEER_PYTHON)" $(RUN) benchmarks/bench.py $(BENCH)
+.venv-llama/ready: $(LLAMA_NEEDS) | .venv/ready
+	@echo "Making .venv-llama and compiling llama.cpp: ten minutes the first time"
+	@$(RUN) -m venv --clear .venv-llama
+	@CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF" PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		.venv-llama/bin/python -m pip install -qq -r $(LLAMA_NEEDS)
+	@touch $@
+
+# `prompts` alone is beside llama.cpp.
+BENCH_PEER := $(if $(filter prompts,$(BENCH)),$(LLAMA_PYTHON),$(PEER_PYTHON))
+
+bench: venv $(patsubst %/bin/python,%/ready,$(filter .venv-peer/% .venv-llama/%,$(BENCH_PEER)))
+	PEER_PYTHON="$(PEER_PYTHON)" LLAMA_PYTHON="$(LLAMA_PYTHON)" $(RUN) benchmarks/bench.py $(BENCH)
 
 clean:
-	rm -rf .venv .venv-mini .venv-peer benchmarks/run $(OUT) build $(OPS)/build $(OPS)/modules/*.egg-info dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-mini .venv-peer .venv-llama benchmarks/run $(OUT) build $(OPS)/build $(OPS)/modules/*.egg-info dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

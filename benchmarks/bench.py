@@ -28,9 +28,11 @@ COMMANDS = {
     "operators": "the custom operators on a CPU, beside Paddle, PyTorch and the read bandwidth",
     "released": "the released language model's size: loading and forward passes",
     "quality": "what bfloat16, int8 and int4 weights cost: Emu3-Mini beside itself in float32",
+    "prompts": "beside llama.cpp: long prompts, and decoding of one row to eight",
     "serving": "many clients at once: throughput and latency of the service's engine",
     "loading": "peak memory and time of loading a checkpoint",
 }
+PEERS = {"peer": "transformers and PyTorch", "llama": "llama.cpp"}  # of a command with HAS_PEER or HAS_LLAMA
 
 
 def main():
@@ -67,13 +69,15 @@ def parse(arguments):
         command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores to use")
         command.add_argument("--directory", type=Path, default=HERE / "run", help="checkpoints and raw results")
         command.add_argument("--report", type=Path, default=HERE / "RESULTS.md")
-        if getattr(module, "HAS_PEER", False):
-            peer = Path(os.environ.get("PEER_PYTHON") or ROOT / ".venv-peer/bin/python")
-            command.add_argument("--peer_python", type=Path, default=peer, help="a Python with transformers")
-            command.add_argument("--no_peer", action="store_true", help="without transformers and PyTorch")
+        for peer, what in PEERS.items():
+            if getattr(module, f"HAS_{peer.upper()}", False):
+                python = Path(os.environ.get(f"{peer.upper()}_PYTHON") or ROOT / f".venv-{peer}/bin/python")
+                command.add_argument(f"--{peer}_python", type=Path, default=python, help=f"a Python with {what}")
+                command.add_argument(f"--no_{peer}", action="store_true", help=f"without {what}")
     args = parser.parse_args(arguments)
-    if not getattr(args, "no_peer", True) and not args.peer_python.exists():
-        parser.error(f"{args.peer_python} is missing: make bench makes it, or give --peer_python or --no_peer")
+    for peer in PEERS:
+        if not getattr(args, f"no_{peer}", True) and not (python := getattr(args, f"{peer}_python")).exists():
+            parser.error(f"{python} is missing: make bench makes it, or give --{peer}_python or --no_{peer}")
     return args
 
 

@@ -75,3 +75,57 @@ def read_rate(parts, read=np.sum, repeats=5):
     """Bytes a second at which `read` goes over arrays, a thread for each."""
     with ThreadPoolExecutor(len(parts)) as pool:
         return best_rate(sum(part.nbytes for part in parts), lambda: list(pool.map(read, parts)), repeats)
+
+
+class LanguageModel:
+    """The model as decoding.Batch runs it; what its functions are stands in prompts.measure."""
+
+    modes = ("",)
+
+    def __init__(self, directory, dtype):
+        from paddlemix.models.emu3 import Emu3ForCausalLM
+
+        self.model = Emu3ForCausalLM.from_pretrained(directory, dtype=dtype, progress=False)
+
+    def reader(self, mode, length):
+        cache = self._cache(1, length)
+        return lambda ids: self._read(ids, 0, cache)
+
+    def _read(self, ids, slot, cache):
+        """Its last token is read by a step, as Batch does it."""
+        import paddle
+
+        from paddlemix.models.emu3.decoding import PROMPT_CHUNK
+
+        last = len(ids) - 1
+        for past in range(0, last, PROMPT_CHUNK["cpu"]):
+            part = paddle.to_tensor([ids[past : min(past + PROMPT_CHUNK["cpu"], last)]])
+            with paddle.no_grad():
+                self.model.model.read_prompt(part, past, len(ids), slot, cache)
+        return self._step([ids[last]], [last], [slot], cache)[0]
+
+    def stepper(self, mode, prompt, length, rows):
+        cache = self._cache(rows, length)
+        for slot in range(rows):
+            self._read(prompt, slot, cache)
+        past = len(prompt)
+
+        def step(ids):
+            nonlocal past
+            past += 1
+            return self._step(ids, [past - 1] * rows, range(rows), cache)
+
+        return step
+
+    def _cache(self, rows, length):
+        cache = self.model.make_cache(rows, length)
+        cache.reserve(length)
+        return cache
+
+    def _step(self, ids, past, slots, cache):
+        """Logits [rows, vocab_size]"""
+        import paddle
+
+        ids, past, slots = (paddle.to_tensor(np.array(x, np.int64)) for x in (ids, past, slots))
+        with paddle.no_grad():
+            return self.model.lm_head(self.model.model.step(ids.unsqueeze(-1), past, slots, cache)[:, 0]).numpy()

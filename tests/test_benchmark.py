@@ -22,11 +22,13 @@ import equality
 import measure
 import operators
 import ours
+import prompts
 import quality
 import random_checkpoints
 import released
 import summary
 from page import Page
+from peer import llama
 
 from paddlemix.models.emu3 import Emu3Config, Emu3VisionVQConfig
 
@@ -158,11 +160,16 @@ def test_a_measurement_is_a_process_of_its_own(tmp_path):
 def test_commands(monkeypatch, capsys):
     run = bench.parse(["operators", "--parts", "linear", "--no_peer"])
     assert (run.command, run.parts, run.small) == ("operators", ["linear"], False)
-    assert set(bench.COMMANDS) == {"compare", "operators", "released", "quality", "serving", "loading"}
+    assert set(bench.COMMANDS) == {"compare", "operators", "released", "quality", "prompts", "serving", "loading"}
+    assert bench.parse(["prompts", "--llama_python", sys.executable]).no_llama is False
     monkeypatch.setenv("PEER_PYTHON", "/nowhere/python")
     with pytest.raises(SystemExit):
         bench.parse(["compare"])
     assert "/nowhere/python is missing" in capsys.readouterr().err
+    monkeypatch.setenv("LLAMA_PYTHON", "/nowhere/llama")
+    with pytest.raises(SystemExit):
+        bench.parse(["prompts"])
+    assert "/nowhere/llama is missing" in capsys.readouterr().err
 
 
 # --- RESULTS.md ------------------------------------------------------------------------------------------
@@ -289,6 +296,81 @@ def test_time_of_reading_is_not_that_of_passes(tmp_path, monkeypatch):
     embedding = 2 * math.prod(model.model.embed_tokens.weight.shape)
     assert clock.result(40) == {"prompt_s": 5.0, "pass_s": 1.0, "read_bytes_per_s": embedding / 2}
     assert now[0] == 5.0 + 39.0 + 3 * 7.0
+
+
+# --- beside llama.cpp ------------------------------------------------------------------------------------
+
+
+def test_prompts_and_steps_of_ours_are_measured(tmp_path, monkeypatch):
+    """The logits that are compared with llama.cpp's are those of a plain forward pass."""
+    import paddle
+    from conftest import write_checkpoint
+
+    from paddlemix.models.emu3 import Emu3ForCausalLM
+
+    few = {count: [(7 * i) % 100 for i in range(count)] for count in range(800)}
+    monkeypatch.setattr(prompts, "tokens", few.get)
+    directory, output = write_checkpoint(tmp_path, "language_model"), tmp_path / "logits.npy"
+    found = prompts.measure(ours, directory, "float32", [520, 600], [1, 2], output)["modes"][""]
+    assert {kind: sorted(times) for kind, times in found.items()} == {"prompts": [520, 600], "steps": [1, 2]}
+    model, fed = Emu3ForCausalLM.from_pretrained(directory, dtype="float32"), few[2 * (1 + prompts.STEPS)]
+    rows = [few[520], *(few[prompts.SHORT_PROMPT] + fed[row::2] for row in range(2))]
+    with paddle.no_grad():
+        expected = [model(paddle.to_tensor([row]), logits_to_keep=1).logits[0, 0].numpy() for row in rows]
+    np.testing.assert_allclose(np.load(output), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_llama_rotates_neighbours_as_ours_rotates_halves():
+    rng = np.random.default_rng(0)
+    heads, dim, size, angles = 3, 8, 5, rng.standard_normal(4)
+    weight, x = rng.standard_normal([heads * dim, size]), rng.standard_normal(size)
+    a, b = (weight @ x).reshape(heads, 2, dim // 2).swapaxes(0, 1)
+    ours_ = a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)
+    a, b = (llama.interleaved(weight, heads) @ x).reshape(heads, dim // 2, 2).transpose(2, 0, 1)
+    theirs = a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)
+    np.testing.assert_allclose(ours_, theirs)
+
+
+def test_llama_finds_each_tensor(tmp_path):
+    from paddlemix.models.emu3.safetensors_file import write_safetensors
+
+    names = {llama.renamed(name) for name in golden("layout-Emu3-8B.json")}
+    layer = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+    layers = {f"blk.{i}.{part}.weight" for i in range(32) for part in layer}
+    assert names == {"token_embd.weight", "output_norm.weight", "output.weight", *layers}
+    layout = {"a": ("bfloat16", [3, 4]), "b": ("bfloat16", [5])}
+    written = {name: random_checkpoints.random_tensor(name, *how) for name, how in layout.items()}
+    write_safetensors(tmp_path / "model.safetensors", layout, written.get)
+    read = dict(llama.read_bfloat16(tmp_path / "model.safetensors"))
+    assert read.keys() == written.keys()
+    assert all((read[name] == tensor.view(np.uint16)).all() for name, tensor in written.items())
+
+
+def test_the_table_beside_llama(tmp_path, monkeypatch):
+    """The best of rounds and modes on both sides; a wrong model fails, and is named."""
+    seconds, logits = {"ours": [3.0, 2.0], prompts.LLAMA: [5.0, 4.0]}, np.random.default_rng(0).random([2, 50])
+
+    def call(args, side, function, output=None, **given):
+        if function != "prompts.measure":
+            return None
+        np.save(output, logits if side == "ours" else 3 * logits)
+        times = {"prompts": {"20": seconds[side][0]}, "steps": {"2": 1.0}}
+        modes = {"a": times, "b": {"prompts": {"20": seconds[side].pop()}, "steps": {"2": 0.5}}}
+        return {"modes": modes, "versions": {side: "1"}}
+
+    monkeypatch.setattr(prompts, "call", call)
+    options = ["--llama_python", sys.executable, "--dtypes", "int4"]
+    args, page = bench.parse(["prompts", "--small", "--directory", str(tmp_path), *options]), Page()
+    assert [(part, equal) for part, equal, _ in prompts.run(args, page)] == [("int4", True)]
+    body = page.sections[prompts.TITLE].splitlines()
+    assert "| a prompt of 20 tokens | int4, Q4_0 | 10.0 | 5.0 | **2.00** | b |" in body
+    assert "| decoding, rows: 2 | int4, Q4_0 | 4.0 | 4.0 | **1.00** | b |" in body
+    assert "- prompts int4: equal: logits correlate by 1.0000 or more; 2 of 2 greedy tokens same" in body
+    assert "</svg>" in (tmp_path / "prompts.svg").read_text()
+    assert prompts.compare_logits(logits, logits[::-1], 0.9)[1].startswith("**NOT EQUAL**")
+    assert prompts.lines("int8", {"ours": [{"modes": {"": {"prompts": {"8": 2.0}, "steps": {}}}}]}) == [
+        ["a prompt of 8 tokens", "int8, Q8_0", "4.0", "-", "-", "-"]
+    ]
 
 
 # --- the operators ---------------------------------------------------------------------------------------
