@@ -4,6 +4,7 @@ of guesses or one token at a time, cut off and gone on with."""
 
 import contextlib
 import random
+from dataclasses import replace
 
 import numpy as np
 import paddle
@@ -299,6 +300,26 @@ def test_a_prompt_that_begins_as_another_is_not_read_again(model, kept):
         assert (again.result, again.seen, again.reused) == (*expected, reused)
         assert (beside.result, beside.seen, beside.reused) == (*expected_drawing, 0)
         assert bool(batch.kept) == kept
+
+
+@pytest.mark.parametrize(("height", "together"), [(2, True), (2, False), (9, True), (9, False)])
+def test_questions_about_one_picture_read_it_once(model, height, together):
+    """All of the picture, which is smaller or larger than a chunk, wherever it ends; what follows is each one's own."""
+    grammar = replace(GRAMMAR, encode_text=lambda text: list(text.encode()))
+    picture = [5, *grammar.encode(np.arange(height * 5).reshape(height, 5))]
+    prompts = [[*picture, 9, 8, 7], [*picture, 9, 8, 6, *LONG], [*picture, *LONG[:30]], [*picture, 4], picture]
+    prompts += [[*picture, *picture[1:], 3, 4], [*picture, *picture[1:], 3, 5, 6], [*picture[:-1], 3, 9, 8, 7]]
+    alone = [run(model, [RecordedAnswer(prompt, 4, model.config)])[0] for prompt in prompts]
+    sequences, batch = [RecordedAnswer(prompt, 4, model.config) for prompt in prompts], Batch(model, prefix_tokens=2000)
+    for sequence in sequences:
+        batch.join(sequence)
+        while batch and not together:
+            batch.step()
+    while batch:
+        batch.step()
+    assert [(sequence.result, sequence.seen) for sequence in sequences] == alone
+    once, chunks = len(picture), (len(picture) - 1) // 24 * 24
+    assert [sequence.reused for sequence in sequences] == [0, *[once] * 3, chunks, once, 2 * once - 1, chunks]
 
 
 def test_kept_prompts_are_bounded_and_given_up(model, monkeypatch):

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import CancelledError
 
 import ml_dtypes
 import numpy as np
@@ -413,6 +414,13 @@ def test_a_container_counts_files_that_were_read_as_free(tmp_path, monkeypatch):
     assert machine.available_memory() == 16000 - 1000
     (group / "memory.max").write_text("max")
     assert machine.available_memory() > 10**6
+
+
+def test_reading_that_is_stopped(directory):
+    opened = Emu3ForCausalLM.open_pretrained(directory)
+    opened.stop()
+    with pytest.raises(CancelledError):
+        opened.read(progress=False)
 
 
 def test_not_enough_memory(directory, monkeypatch):

@@ -4,13 +4,16 @@
 import json
 import os
 import shutil
+import threading
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from paddlemix import machine
 from paddlemix.models.emu3 import Emu3ForCausalLM, Emu3VisionVQModel, generate_images
+from paddlemix.models.emu3.checkpoint import OpenCheckpoint
 from paddlemix.models.emu3.hub import MINI_DIRECTORY
 from paddlemix.models.emu3.sampling import Sampling
 from paddlemix.pipelines import Emu3Pipeline
@@ -192,9 +195,9 @@ def test_autoencode(emu3, picture):
 def test_parts_are_loaded_when_needed_and_once(picture, monkeypatch):
     loaded = []
     for part in (Emu3ForCausalLM, Emu3VisionVQModel):
-        original = part.from_pretrained
+        original = part.open_pretrained
         monkeypatch.setattr(
-            part, "from_pretrained", lambda *a, original=original, **k: loaded.append(a[0]) or original(*a, **k)
+            part, "open_pretrained", lambda *a, original=original, **k: loaded.append(a[0]) or original(*a, **k)
         )
     emu3 = Emu3Pipeline.from_pretrained("emu3-mini", dtype="int8")
     assert loaded == []
@@ -204,6 +207,55 @@ def test_parts_are_loaded_when_needed_and_once(picture, monkeypatch):
     emu3.generate(CIRCLE, seed=1)
     assert len(loaded) == 2 and emu3.model.weight_dtype == "int8"
     assert Emu3Pipeline.from_pretrained(vq_model_path="emu3-mini").autoencode(picture).size == (64, 64)
+
+
+def reading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("emu3-loading")]
+
+
+def test_the_language_model_is_read_while_a_picture_is_encoded(emu3, picture, monkeypatch):
+    """Each waits for the other here; the answer and the weights are those of one after the other."""
+    begun, encoded = threading.Event(), threading.Event()
+    read, encode = OpenCheckpoint.read, Emu3VisionVQModel.encode
+
+    def read_beside(checkpoint, progress):
+        begun.set()
+        assert encoded.wait(60)
+        return read(checkpoint, progress)
+
+    def encode_beside(model, pixels):
+        assert begun.wait(60)
+        codes = encode(model, pixels)
+        encoded.set()
+        return codes
+
+    pipeline = Emu3Pipeline.from_pretrained("emu3-mini", dtype="float32")
+    pipeline.vision_tokenizer = emu3.vision_tokenizer
+    monkeypatch.setattr(OpenCheckpoint, "read", read_beside)
+    monkeypatch.setattr(Emu3VisionVQModel, "encode", encode_beside)
+    assert pipeline.understand(picture, "What colour is the circle?") == "red"
+    assert not pipeline.model.training and not reading_threads()
+    for one, other in zip(pipeline.model.parameters(), emu3.model.parameters(), strict=True):
+        assert (one == other).all()
+
+
+def test_an_error_while_the_language_model_is_read(emu3, picture, tmp_path, monkeypatch):
+    directory = shutil.copytree(MINI_DIRECTORY / "language_model", tmp_path / "copy")
+    pipeline = Emu3Pipeline.from_pretrained(directory, vq_model_path="emu3-mini", dtype="float32")
+    pipeline.vision_tokenizer = emu3.vision_tokenizer
+    with pytest.raises(ValueError, match="no room for the picture"):
+        pipeline.understand(picture, "x " * 5000)
+    needed = pipeline.processor.memory_to_encode([picture])
+    needed += Emu3ForCausalLM.open_pretrained(directory, dtype="float32").size
+    monkeypatch.setattr(machine, "available_memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match="GB of memory for .* and for pictures that are encoded beside it"):
+        pipeline.understand(picture, "x")
+    monkeypatch.undo()
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\xff" * 4)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        pipeline.understand(picture, "x")
+    assert "model" not in vars(pipeline) and not reading_threads()
 
 
 def test_the_checkpoint_says_what_is_good(emu3, tmp_path):

@@ -90,6 +90,18 @@ def test_it_equals_the_eager_layers_at_several_sizes(config, eager):
         assert relative_error(model.decoder.decode_frames(z, zq).numpy(), expected) < 1e-4
 
 
+@pytest.mark.parametrize("size", [2, 64])  # of the weights: with the large ones attention is to one position
+def test_attention_over_more_queries_than_are_computed_at_once(size, eager, monkeypatch):
+    monkeypatch.setattr(vision_engine, "QUERIES", 7)
+    model = make_model(**CONFIGS["one level"])
+    for name, p in model.encoder.named_parameters():
+        if name.endswith((".q.weight", ".k.weight")):
+            p.set_value(size * p)
+    pixels = paddle.rand([1, 3, 5, 9]) * 2 - 1
+    expected = eager(model.encoder.encode_frames, pixels)
+    assert relative_error(model.encoder.encode_frames(pixels).numpy(), expected) < 1e-4
+
+
 def test_it_is_as_exact_as_the_eager_layers(eager):
     """Both against float64: what is left between them is the rounding of float32."""
     model = make_model(**CONFIGS["demo"])

@@ -35,8 +35,7 @@ def main(args):
         emu3 = make_pipeline(args, args.chat_template)
         note_dtype(emu3)  # a mistyped --model_path is told here, before the vision tokenizer is read
         images = load_pictures(pictures, emu3.image_processor)
-        emu3.load()
-    answers = emu3.understand_steps(images, questions, max_new_tokens=args.max_new_tokens)
+        answers = emu3.understand_steps(images, questions, max_new_tokens=args.max_new_tokens)
     for text in answers.notes:
         note(text)
     titles = [f"{path}: {question}\n" for path, question in zip(pictures, questions, strict=True)]

@@ -5,6 +5,8 @@ import logging
 import os
 import secrets
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from math import gcd, isqrt
@@ -127,6 +129,39 @@ class Emu3Pipeline:
         from paddlemix.models.emu3 import Emu3ForCausalLM
 
         return Emu3ForCausalLM.from_pretrained(self.model_path, dtype=self.dtype, progress=self.progress)
+
+    @contextmanager
+    def loading_model(self, beside=0):
+        """Read the language model, where it is not read yet, in a thread of its own while the block runs.
+
+        It is there when the block has ended, and its errors come then. An error in the block ends the reading.
+
+        InputError, before the block begins: files missing or of another model, or no memory for the weights and for
+        `beside` bytes that the block needs.
+        """
+        if "model" in vars(self):
+            yield
+            return
+        import paddle
+
+        from paddlemix.models.emu3 import Emu3ForCausalLM
+
+        checkpoint = Emu3ForCausalLM.open_pretrained(self.model_path, dtype=self.dtype)
+        purpose = f"for {self.model_path} in {self.dtype} and for pictures that are encoded beside it"
+        machine.require_memory(checkpoint.size + beside, purpose)
+        device = paddle.get_device()
+
+        def read():
+            paddle.set_device(device)  # a card is chosen for each thread
+            return checkpoint.read(self.progress)
+
+        with ThreadPoolExecutor(1, "emu3-loading") as thread:
+            reading = thread.submit(read)
+            try:
+                yield
+                self.model = reading.result()
+            finally:
+                checkpoint.stop()
 
     def load(self):
         """Read all the weights now, not when they are first needed."""

@@ -332,6 +332,16 @@ class Emu3Processor:
         factor = self.vision_tokenizer.spatial_scale_factor
         return [c[: h // factor, : w // factor] for c, (h, w) in zip(codes, shapes, strict=True)]
 
+    def memory_to_encode(self, images):
+        """Bytes that `tokenize_image` takes at most for PIL pictures of questions.
+
+        InputError: one of a shape that cannot be encoded.
+        """
+        settings = self.image_processor
+        sizes = [settings.resized(one.height, one.width, settings.question_max_pixels) for one in images]
+        together = len(sizes) if len(set(sizes)) == 1 else 1
+        return self.vision_tokenizer.memory_to_encode(together, max(map(math.prod, sizes)))
+
     def _encode(self, pixels):
         import paddle
 

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import reprlib
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 from paddlemix.machine import half_dtype, require_memory
@@ -98,8 +99,12 @@ class CheckpointMixin:
             InputError (a ValueError): files missing, truncated, corrupt, or of another model; not enough memory;
                 a dtype that the device cannot compute with.
         """
+        return cls.open_pretrained(name_or_path, dtype, config, revision, **overrides).read(progress)
+
+    @classmethod
+    def open_pretrained(cls, name_or_path, dtype=None, config=None, revision=None, **overrides):
+        """What `from_pretrained` does before it reads the weights -> OpenCheckpoint. Arguments and errors as there."""
         import paddle
-        from tqdm import tqdm
 
         name_or_path = at_revision(name_or_path, revision)
         dtype = dtype and dtype_name(dtype)
@@ -121,28 +126,17 @@ class CheckpointMixin:
         try:
             with paddle.LazyGuard():  # no weight is made before the checkpoint's own takes its place
                 model = cls(config)
-                in_files = state = model._checkpoint_state()
-                if dtype in QUANTIZATIONS and not quantized:
+                in_files, quantize = model._checkpoint_state(), dtype in QUANTIZATIONS and not quantized
+                if quantize:
                     model = cls(config.quantized(dtype))
-                    state = model._checkpoint_state()
-            layers = model._layers_of_weights()
-            require_memory(_size(state, dtype), f"in {dtype} for {name_or_path}")
-            weights = weights or _open_checked(cls, name_or_path, config)
+            checkpoint = OpenCheckpoint(model, weights, dtype, quantize)
+            require_memory(checkpoint.size, f"in {dtype} for {name_or_path}")
+            checkpoint.weights = weights = weights or _open_checked(cls, name_or_path, config)
             _check_names_and_shapes(name_or_path, in_files, weights, model.tied_weights)
-            total = sum(file.sizes[name] for name, file in weights.items())
-            disable = None if progress else True  # None shows it on a terminal alone
-            bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", leave=False, disable=disable)
-            with bar:
-                # in the order of the files, so that each is read from its start to its end
-                for name in sorted(weights, key=lambda n: (str(weights[n].path), weights[n].offsets[n])):
-                    if name + "_scale" in state and not quantized:
-                        layers[name].quantize_from(weights[name], name, bar.update)
-                    elif name in state:
-                        _assign(state[name], weights[name], name, dtype, bar.update)
-        finally:
-            for file in set(weights.values()):
-                file.close()
-        return model.eval()
+        except BaseException:
+            _close(weights)
+            raise
+        return checkpoint
 
     def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
         """Write config.json and safetensors in the released layout, in shards where they are larger than given.
@@ -190,6 +184,57 @@ class CheckpointMixin:
         """{checkpoint name: parameter or buffer}"""
         state = {self.checkpoint_prefix + name: tensor for name, tensor in self.state_dict().items()}
         return {name: tensor for name, tensor in state.items() if name not in self.tied_weights}
+
+
+class OpenCheckpoint:
+    """A model and the files of its weights, open and checked. `read` reads them, in another thread too; `size` is how
+    many bytes they take in memory.
+
+    Args:
+        model: its parameters have no memory yet.
+        weights: {tensor name: SafetensorsFile}.
+        dtype: of the parameters.
+        quantize: into int8 or int4 while they are read.
+    """
+
+    def __init__(self, model, weights, dtype, quantize):
+        self.model, self.weights, self.dtype, self.quantize = model, weights, dtype, quantize
+        self.state, self.layers = model._checkpoint_state(), model._layers_of_weights()
+        self.size, self.stopped = _size(self.state, dtype), False
+
+    def read(self, progress=True):
+        """The model in eval mode, with its weights. InputError: they are corrupt. CancelledError: `stop` was called."""
+        from tqdm import tqdm
+
+        weights, total = self.weights, sum(file.sizes[name] for name, file in self.weights.items())
+        disable = None if progress else True  # None shows it on a terminal alone
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", leave=False, disable=disable)
+
+        def count(size):
+            if self.stopped:
+                raise CancelledError
+            bar.update(size)
+
+        with contextlib.closing(self), bar:
+            # in the order of the files, so that each is read from its start to its end
+            for name in sorted(weights, key=lambda n: (str(weights[n].path), weights[n].offsets[n])):
+                if name + "_scale" in self.state and self.quantize:
+                    self.layers[name].quantize_from(weights[name], name, count)
+                elif name in self.state:
+                    _assign(self.state[name], weights[name], name, self.dtype, count)
+        return self.model.eval()
+
+    def stop(self):
+        """Let `read` end, which another thread is in, after a few megabytes."""
+        self.stopped = True
+
+    def close(self):
+        _close(self.weights)
+
+
+def _close(weights):
+    for file in set(weights.values()):
+        file.close()
 
 
 def _size(state, dtype):

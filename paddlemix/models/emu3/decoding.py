@@ -34,8 +34,8 @@ class Batch:
     """Sequences that are decoded together, one token or more of each in a forward pass.
 
     On a CPU with the compiled operators a sequence's tokens are the same bits alone, beside others, joined late, with
-    windows of guesses or without, and after it was cut off and went on: its prompt is read by itself in parts of fixed
-    length, its drawn tokens by kernels whose row depends on nothing but its own tokens.
+    windows of guesses or without, and after it was cut off and went on: its prompt is read by itself in parts that its
+    own tokens decide, its drawn tokens by kernels whose row depends on nothing but its own tokens.
 
     Args:
         model: Emu3ForCausalLM.
@@ -44,8 +44,8 @@ class Batch:
             larger passes. "auto" chooses the faster one for the device and the number of rows.
         window: of "jacobi"; None for a good one.
         prefix_tokens: keep the prompts of answers that left in so many tokens of the cache, those that were used last:
-            a prompt that begins as one of them, or as one that is here, reads only the rest. Parts of a prompt that
-            were read in the same pieces are reused, so that the answer has the same bits.
+            a prompt that begins as one of them, or as one that is here, reads only the rest: from the last chunk, or
+            the last end of a picture, that the two have in common, so that the answer has the same bits.
     """
 
     def __init__(self, model, decoding="auto", window=None, prefix_tokens=0):
@@ -152,7 +152,7 @@ class Batch:
         self._passes.clear()
 
     def _keep(self, prompt, slot):
-        """Keep a prompt that was read, where it has a whole chunk that no kept one has; whether it is kept."""
+        """Keep a prompt that was read, where it has parts that no kept one has; whether it is kept."""
         mine, was_read = self._whole(prompt), self.cache.lengths[slot] >= len(prompt) - 1
         if not mine or not was_read or self.cache.capacity > self.prefix_tokens:
             return False
@@ -168,8 +168,18 @@ class Batch:
         return True
 
     def _whole(self, prompt):
-        """The whole chunks that a prompt is read in."""
-        return prompt[: (len(prompt) - 1) // self.chunk * self.chunk]
+        """What a prompt has in front of its last part, which few others share."""
+        start = 0
+        while (end := start + len(self._part(prompt, start))) < len(prompt) - 1:
+            start = end
+        return prompt[:start]
+
+    def _part(self, prompt, start):
+        """What of a prompt is read at once from `start` on: a chunk, or up to the end of a picture, so that questions
+        about it have its parts in common. Its last token is of no part: the first step reads it."""
+        part = prompt[start : min(start + self.chunk, len(prompt) - 1)]
+        end = self.model.config.eoi_token_id
+        return part[: part.index(end) + 1] if end in part else part
 
     def _bound_kept(self):
         """A slot takes the cache's capacity, however few tokens are in it."""
@@ -224,30 +234,29 @@ class Batch:
                             continue
                         if budget <= 0:
                             return
-                        new = min(self.chunk, len(prompt) - 1 - past)
-                        self._reserve(past + new)
-                        ids = paddle.to_tensor([prompt[past : past + new]])
-                        self.model.model.read_prompt(ids, past, len(prompt), slot, self.cache)
-                        self.cache.lengths[slot] += new
-                        budget -= new
+                        part = self._part(prompt, past)
+                        self._reserve(past + len(part))
+                        self.model.model.read_prompt(paddle.to_tensor([part]), past, len(prompt), slot, self.cache)
+                        self.cache.lengths[slot] += len(part)
+                        budget -= len(part)
             self.running = [*self.running, *group]
             self.waiting.remove(group)
 
     def _read_before(self, prompt):
         """(how many tokens, the slot that holds them) of another row that begins as this prompt; None where none does.
 
-        The whole of a prompt that is the same, else whole chunks: what was read in other pieces has other bits. The
-        bases of dynamic positions are those of the whole prompt.
+        Whole parts: what was read in other pieces has other bits. The bases of dynamic positions are those of a whole
+        prompt, of its length.
         """
         rows = [(slot, row) for s, slots in self.slots.items() for slot, row in zip(slots, s.prompts, strict=True)]
         best, is_dynamic = (0, None), (self.model.config.rope_scaling or {}).get("type") == "dynamic"
         for slot, row in [*self.kept.items(), *rows]:
-            most = min(int(self.cache.lengths[slot]), len(row) - 1, len(prompt) - 1)
-            if row != prompt or most < len(prompt) - 1:
-                most = 0 if is_dynamic else most // self.chunk * self.chunk
-                starts = range(0, most, self.chunk)
-                most = next((i for i in starts if row[i : i + self.chunk] != prompt[i : i + self.chunk]), most)
-            best = max(best, (most, slot), key=lambda found: found[0])
+            same = 0
+            while (part := self._part(prompt, same)) and part == self._part(row, same):
+                if same + len(part) > self.cache.lengths[slot] or (is_dynamic and len(row) != len(prompt)):
+                    break
+                same += len(part)
+            best = max(best, (same, slot), key=lambda found: found[0])
         if best[1] in self.kept:  # it is the one used last
             self.kept[best[1]] = self.kept.pop(best[1])
         return best if best[0] else None

@@ -483,11 +483,19 @@ class Emu3VisionVQModel(CheckpointMixin, nn.Layer):
         """InputError where there is not enough memory to decode frames of so many codes."""
         self._require_memory(self.decoder, frames, height * width * self.spatial_scale_factor**2)
 
+    def memory_to_encode(self, frames, pixels):
+        """Bytes that encoding takes beside the weights."""
+        return self._memory(self.encoder, frames, pixels)[0]
+
     def _require_memory(self, half, frames, pixels):
+        size, at_once = self._memory(half, frames, pixels)
+        require_memory(size, f"for {at_once} pixels at once")
+
+    def _memory(self, half, frames, pixels):
+        """(bytes, pixels at once) of frames of so many pixels each."""
         by_frame = vision_engine.can_run(half)
         at_once = pixels if by_frame else frames * pixels
-        size = feature_bytes(self.config, at_once, by_frame, self.quantize.embedding.weight.element_size())
-        require_memory(size, f"for {at_once} pixels at once")
+        return feature_bytes(self.config, at_once, by_frame, self.quantize.embedding.weight.element_size()), at_once
 
     def _check_pixels(self, pixel_values):
         config = self.config

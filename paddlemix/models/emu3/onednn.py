@@ -22,7 +22,7 @@ LIBRARIES = Path(paddle.__file__).parent / "libs"
 
 # values of the C interface's enumerations
 CPU, IN_ORDER, STRICT, FORMAT_ANY, F32, INFERENCE, DIRECT = 1, 1, 0, 1, 3, 96, 1
-SWISH, MULTIPLY, USE_SCALE, USE_SHIFT, WEIGHTS_DESC = 0x2C, 0x1FFF1, 2, 4, 131
+SWISH, MULTIPLY, SOFTMAX, USE_SCALE, USE_SHIFT, WEIGHTS_DESC = 0x2C, 0x1FFF1, 0x30000, 2, 4, 131
 SRC, SRC_1, DST, WEIGHTS, BIAS, SCALE, SHIFT, FIRST_POST_OP = 1, 2, 17, 33, 41, 51, 52, 1 << 15
 
 
@@ -200,3 +200,14 @@ def matmul(a, b):
     )
     _run(product, {kind: _memory(d, t) for kind, d, t in zip((SRC, WEIGHTS, DST), descs, (a, b, out), strict=True)})
     return out
+
+
+def softmax(x):
+    """Of each row of an array [M, N], in its place."""
+    rows = _array(x)
+    function = _Object(
+        "primitive_desc", "softmax_forward_primitive_desc_create", _engine(), INFERENCE, SOFTMAX, rows, rows, 1,
+        _attributes(),
+    )  # fmt: skip
+    memory = _memory(rows, x)
+    _run(function, {SRC: memory, DST: memory})

@@ -19,6 +19,7 @@ from paddlemix.paddle_private import convolution_settings, group_norm_settings, 
 
 from . import onednn
 
+QUERIES = 1024  # of attention at once: never a whole [H*W, H*W] matrix
 BAND = 1 << 19  # numbers of a picture that are scaled and shifted at once: they stay in the cache
 
 
@@ -132,11 +133,11 @@ def _attention(attn, x, zq):
     h = _norm(attn.norm, x, zq)
     q, k, v = (_conv(conv, h).reshape(-1, h.shape[-1]) for conv in (attn.q, attn.k, attn.v))  # [H*W, C]
     q /= math.sqrt(q.shape[1])
-    weights = onednn.matmul(q, k.T)
-    weights -= weights.max(axis=1, keepdims=True)
-    np.exp(weights, out=weights)
-    weights /= weights.sum(axis=1, keepdims=True)
-    return _conv(attn.proj_out, onednn.matmul(weights, v).reshape(x.shape), add_to=x)
+    for i in range(0, len(q), QUERIES):
+        weights = onednn.matmul(q[i : i + QUERIES], k.T)
+        onednn.softmax(weights)
+        q[i : i + QUERIES] = onednn.matmul(weights, v)  # these are not asked for again
+    return _conv(attn.proj_out, q.reshape(x.shape), add_to=x)
 
 
 def _norm(norm, x, zq=None, silu=False):
