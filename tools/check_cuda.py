@@ -276,6 +276,39 @@ def check_quantized(library, device, rows, inputs, out, dtype, bits, offset):
     return {"y": worst(y, expected, float(expected.abs().max()) if rows else 1) / ROUNDING[dtype]}, wrong
 
 
+class DecoderStep(ctypes.Structure):
+    """Emu3DecoderStep of decoder_step_cuda.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "input_norm", "post_norm")),
+        ("weights", ctypes.c_void_p * 7), ("scales", ctypes.c_void_p * 7),
+        *((name, ctypes.c_void_p) for name in
+          ("cosine", "sine", "key", "value", "lengths", "row_slots", "y", "workspace")),
+        *((name, ctypes.c_int64) for name in
+          ("batch", "news", "hidden", "heads", "kv_heads", "dim", "inner", "angles", "slots", "capacity")),
+        ("epsilon", ctypes.c_float), ("type", ctypes.c_int), ("bits", ctypes.c_int),
+    ]  # fmt: skip
+
+
+def as_step(epsilon, x, norms, weights, scales, cosine, sine, key, value, lengths, row_slots, y):
+    """A DecoderStep of these tensors, PyTorch's or Paddle's, without its workspace."""
+    batch, news, hidden = x.shape
+    slots, kv_heads, capacity, dim = key.shape
+    x_type, weight_type = (str(tensor.dtype).split(".")[1] for tensor in (x, weights[0]))
+    step = DecoderStep(
+        batch=batch, news=news, hidden=hidden, heads=weights[0].shape[0] // dim, kv_heads=kv_heads, dim=dim,
+        inner=weights[4].shape[0], angles=cosine.shape[0], slots=slots, capacity=capacity,
+        epsilon=epsilon, type=TYPES[x_type], bits={"int8": 8, "uint8": 4}.get(weight_type, 16),
+    )  # fmt: skip
+    tensors = {"x": x, "input_norm": norms[0], "post_norm": norms[1], "cosine": cosine, "sine": sine, "key": key,
+               "value": value, "lengths": lengths, "row_slots": row_slots, "y": y}  # fmt: skip
+    for name, tensor in tensors.items():
+        setattr(step, name, None if tensor is None else tensor.data_ptr())
+    for i, (weight, scale) in enumerate(zip(weights, scales)):
+        step.weights[i], step.scales[i] = weight.data_ptr(), None if scale is None else scale.data_ptr()
+    return step
+
+
 def check_refusals(library, device):
     """What the C functions must refuse: types that are none, sizes past those of a grid or an int, long latents."""
     one = torch.ones(1, 1, device=device)
