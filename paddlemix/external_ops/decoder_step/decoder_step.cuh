@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(THREADS) attend_kernel(Attention a) {
   const int64_t ends[2] = {a.end(row, first_query + place), a.end(row, first_query + place + 8)};
   for (int64_t first = begin + warp * KEYS; first < end; first += WARPS * KEYS) {
     float score[2][4] = {};  // of keys 8 * t + 2 * pair + i % 2: [t][i]
-#pragma unroll
+#pragma unroll 4
     for (int c = 0; c < DIM / 32; ++c) {
       const int at = c * 32 + pair * 8;
       const uint4 q = read(&query[place][at], at < dim), more = read(&query[place + 8][at], at < dim);
