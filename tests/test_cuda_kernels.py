@@ -302,7 +302,7 @@ def check_with(torch_python, library, *arguments):
 
 def test_check_cuda_finds_nothing_wrong(kernels, torch_python):
     rows, wrong = check_with(torch_python, "ctypes.CDLL(sys.argv[1])", kernels._name)
-    assert wrong == [] and len(rows) == 11
+    assert wrong == [] and len(rows) == 17
     assert all(cases >= 14 and error < 1 for _, _, cases, error in rows)
 
 

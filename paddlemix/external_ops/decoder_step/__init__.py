@@ -25,12 +25,12 @@ TOLERANCE = {paddle.float16: 0.004, paddle.bfloat16: 0.03}  # of the largest res
 def decoder_step(x, norms, weights, scales, cosine, sine, key, value, lengths, slots, epsilon, allowed=None):
     """x + attention(norm(x)), and of that x + mlp(norm(x)). The compiled operator is needed; gives no gradient.
 
-    On a CPU the result of a row, of its window's first tokens too, is a function of itself alone for up to FEW_ROWS rows
-    and tokens in all.
+    On a CPU the result of a row, of its window's first tokens too, is a function of itself alone for up to FEW_ROWS
+    rows and tokens in all.
 
     Args:
-        x: float32 [B, new, hidden], the last of the tokens of each row; on a card float16 or bfloat16, where `card_takes`
-            it, of at most FEW_ROWS tokens in all.
+        x: float32 [B, new, hidden], the last of the tokens of each row; on a card float16 or bfloat16, at most FEW_ROWS
+            tokens in all, where `card_takes` them.
         norms: before attention and before the MLP, float32, bfloat16 or float16 [hidden]; on a card of x's dtype.
         weights: of q, k, v, o, gate, up and down, each as few_rows_linear takes it, all of one dtype; on a card of x's
             dtype, int8 or uint8.

@@ -65,7 +65,7 @@ __device__ inline void rotate(const Attention& a, const T* from, int64_t row, in
 // layout is that of the factor of the values. A lane reads 16 bytes of a key or value at a time: which of its numbers
 // meet in a product does not matter as long as both factors agree.
 template <class T, int DIM>
-__global__ void __launch_bounds__(THREADS) attend_kernel(Attention a) {
+__global__ void __launch_bounds__(THREADS, 2) attend_kernel(Attention a) {
   alignas(16) __shared__ T query[QUERIES][DIM + 8];
   __shared__ float merged[QUERIES][DIM + 1], largest_of[WARPS][QUERIES], totals[QUERIES];
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, place = lane / 4, pair = lane % 4;
@@ -105,7 +105,20 @@ __global__ void __launch_bounds__(THREADS) attend_kernel(Attention a) {
   float sum[DIM / 64][8][4] = {}, largest[2] = {NOTHING, NOTHING}, total[2] = {};
   const float scale = 1.44269504f / sqrtf(dim);  // to base 2
   const int64_t ends[2] = {a.end(row, first_query + place), a.end(row, first_query + place + 8)};
+  // Of values 2 * pair, 2 * pair + 1, 2 * pair + 8 and 2 * pair + 9 the eight numbers from 64 * c + 8 * place on.
+  const auto read_values = [&](int64_t first, int c, uint4 to[4]) {
+    const int at = c * 64 + place * 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t key = first + 2 * pair + i / 2 * 8 + i % 2;
+      to[i] = read(values + key * dim + at, at < dim && key < end);
+    }
+  };
   for (int64_t first = begin + warp * KEYS; first < end; first += WARPS * KEYS) {
+    constexpr bool EARLY = DIM <= 128;  // values are asked for before the scores are known, where registers allow it
+    uint4 ahead[EARLY ? DIM / 64 : 1][4];
+#pragma unroll
+    for (int c = 0; EARLY && c < DIM / 64; ++c) read_values(first, c, ahead[EARLY ? c : 0]);
     float score[2][4] = {};  // of keys 8 * t + 2 * pair + i % 2: [t][i]
 #pragma unroll 4
     for (int c = 0; c < DIM / 32; ++c) {
@@ -155,14 +168,9 @@ __global__ void __launch_bounds__(THREADS) attend_kernel(Attention a) {
                                  both(score[1][0], score[1][1], T()), both(score[1][2], score[1][3], T())};
 #pragma unroll
     for (int c = 0; c < DIM / 64; ++c) {
-      const int at = c * 64 + place * 8;
-      uint32_t words[4][4];  // of keys 2 * pair, 2 * pair + 1, 2 * pair + 8, 2 * pair + 9
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t key = first + 2 * pair + i / 2 * 8 + i % 2;
-        const uint4 eight = read(values + key * dim + at, at < dim && key < end);
-        memcpy(words[i], &eight, 16);
-      }
+      uint32_t words[4][4];
+      if (!EARLY) read_values(first, c, ahead[0]);
+      memcpy(words, ahead[EARLY ? c : 0], sizeof words);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const uint32_t which = j % 2 ? 0x7632 : 0x5410;

@@ -93,32 +93,27 @@ __global__ void __launch_bounds__(WARP* WARPS, 1) linear_kernel(Problem p) {
   const int64_t first_row = int64_t(blockIdx.x) * ROWS * TILES;
   const bool gated = SPLIT > 1 && M == 2 && p.gated;
   const int tiles = gated ? 1 : M;  // of a matrix
-  int64_t block = blockIdx.y;
-  Matrix matrices[2] = {p.matrices[0], p.matrices[1]};  // of tiles 0 and 1
+  int block = blockIdx.y;
+  int which = 0;  // of the matrices, but gated
   if (SPLIT > 1 && !gated) {
 #pragma unroll
     for (int i = 1; i < MATRICES; ++i) {
-      const int64_t blocks = (matrices[0].out + OUTPUTS * M * GROUPS - 1) / (OUTPUTS * M * GROUPS);
-      if (block >= blocks) block -= blocks, matrices[0] = p.matrices[i];
+      const int blocks = (p.matrices[i - 1].out + OUTPUTS * M * GROUPS - 1) / (OUTPUTS * M * GROUPS);
+      if (which == i - 1 && block >= blocks) block -= blocks, which = i;
     }
   }
-  if (!gated) matrices[1] = matrices[0];
-  const auto first_output = [&](int group, int m) {
-    return (block * GROUPS + group) * OUTPUTS * tiles + (gated ? 0 : m * OUTPUTS);
+  const auto matrix_of = [&](int tile) -> const Matrix& { return p.matrices[gated ? tile : which]; };
+  const int in = p.in, out = matrix_of(0).out;  // gated, both matrices have the same
+  const auto output_of = [&](int group, int tile, int place) {
+    return (block * GROUPS + group) * OUTPUTS * tiles + (gated ? 0 : tile * OUTPUTS) + place;
   };
-  const int units = (p.in + UNIT - 1) / UNIT;
-  const int64_t bytes = BITS == 4 ? int64_t(units) * UNIT / 2 : p.in * (BITS / 8);  // of an output
+  const int units = (in + UNIT - 1) / UNIT;
+  const int64_t bytes = BITS == 4 ? int64_t(units) * UNIT / 2 : int64_t(in) * (BITS / 8);  // of an output
   const uint8_t* from_weight[2 * M];
-  const float* from_scale[2 * M];
-  bool is_output[2 * M];
 #pragma unroll
-  for (int o = 0; o < 2 * M; ++o) {
-    const Matrix& matrix = matrices[o / 2];
-    const int64_t output = first_output(warp / SPLIT, o / 2) + place + o % 2 * 8;
-    is_output[o] = output < matrix.out;
-    from_weight[o] = static_cast<const uint8_t*>(matrix.weight) + output * bytes + pair * 16;
-    from_scale[o] = BITS == 4 ? matrix.scale + output * units : nullptr;
-  }
+  for (int o = 0; o < 2 * M; ++o)
+    from_weight[o] = static_cast<const uint8_t*>(matrix_of(o / 2).weight) +
+                     output_of(warp / SPLIT, o / 2, place + o % 2 * 8) * bytes + pair * 16;
   const T* from_x = static_cast<const T*>(p.x) + (first_row + place) * p.in + pair * X_PIECE;
   float sum[M][TILES][4] = {};
   constexpr int AHEAD = TILES * M == 1 ? 4 : TILES * M <= 5 ? 2 : 1;
@@ -130,7 +125,8 @@ __global__ void __launch_bounds__(WARP* WARPS, 1) linear_kernel(Problem p) {
 #pragma unroll
       for (int i = 0; i < PIECES; ++i)
         weights[o][i] = read(from_weight[o] + unit * (UNIT * BITS / 8) + i * 64,
-                             is_output[o] && (BITS == 4 || unit * UNIT + i * SPAN + pair * PIECE < p.in));
+                             output_of(warp / SPLIT, o / 2, place + o % 2 * 8) < out &&
+                                 (BITS == 4 || unit * UNIT + i * SPAN + pair * PIECE < in));
     float of_unit[BITS == 4 ? M : 1][TILES][4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -159,7 +155,7 @@ __global__ void __launch_bounds__(WARP* WARPS, 1) linear_kernel(Problem p) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const uint4 eight = read(from_x + tile * ROWS * p.in + input + X_SPAN * i,
-                                   is_row && input + X_SPAN * i + pair * X_PIECE < p.in);
+                                   is_row && input + (BITS == 16 ? X_SPAN * i : 0) + pair * X_PIECE < in);
           memcpy(words + 4 * i, &eight, 16);
         }
 #pragma unroll
@@ -178,7 +174,8 @@ __global__ void __launch_bounds__(WARP* WARPS, 1) linear_kernel(Problem p) {
     if (BITS == 4) {
 #pragma unroll
       for (int o = 0; o < 2 * M; ++o) {
-        const float scale = is_output[o] ? from_scale[o][unit] : 0.f;
+        const int output = output_of(warp / SPLIT, o / 2, place + o % 2 * 8);
+        const float scale = output < out ? matrix_of(o / 2).scale[int64_t(output) * units + unit] : 0.f;
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
@@ -197,9 +194,10 @@ __global__ void __launch_bounds__(WARP* WARPS, 1) linear_kernel(Problem p) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int64_t row = first_row + tile * ROWS + 2 * pair + i % 2;
-          const int64_t output = first_output(warp, m) + place + i / 2 * 8;
-          if (row >= p.rows || output >= matrices[m].out) continue;
-          write<T>(p, matrices[m], row, output, sum[m][tile][i] * (BITS == 8 ? matrices[m].scale[output] : 1.f));
+          const int output = output_of(warp, m, place + i / 2 * 8);
+          if (row >= p.rows || output >= out) continue;
+          const float whole = BITS == 8 ? sum[m][tile][i] * matrix_of(0).scale[output] : sum[m][tile][i];
+          static_cast<T*>(matrix_of(0).y)[row * out + output] = narrow(whole, T());
         }
   } else {
     constexpr int VALUES = ROWS * TILES * OUTPUTS * GROUPS, THREADS = WARP * WARPS;
@@ -216,17 +214,18 @@ __global__ void __launch_bounds__(WARP* WARPS, 1) linear_kernel(Problem p) {
       for (int turn = 0; turn * THREADS < VALUES; ++turn) {
         const int i = turn * THREADS + threadIdx.x;
         const int group = i / (ROWS * TILES * OUTPUTS), rest = i % (ROWS * TILES * OUTPUTS);
-        const int64_t row = first_row + rest / OUTPUTS, output = first_output(group, m) + rest % OUTPUTS;
-        if (i >= VALUES || row >= p.rows || output >= matrices[m].out) continue;
+        const int64_t row = first_row + rest / OUTPUTS;
+        const int output = output_of(group, m, rest % OUTPUTS);
+        if (i >= VALUES || row >= p.rows || output >= out) continue;
         float whole = 0.f;
 #pragma unroll
         for (int other = 0; other < SPLIT; ++other)  // in one order
           whole += sums[group * SPLIT + other][rest / OUTPUTS][rest % OUTPUTS];
-        if (BITS == 8) whole *= matrices[m].scale[output];
+        if (BITS == 8) whole *= matrix_of(m).scale[output];
         if (gated && m == 0)
           gates[turn] = whole;
         else
-          write<T>(p, matrices[0], row, output, gated ? gates[turn] / (1.f + expf(-gates[turn])) * whole : whole);
+          write<T>(p, matrix_of(0), row, output, gated ? gates[turn] / (1.f + expf(-gates[turn])) * whole : whole);
       }
     }
   }
@@ -261,7 +260,7 @@ cudaError_t few_rows(const Problem& p, cudaStream_t stream) {
   return launch<T, BITS, MOST_TILES, 2, 8>(p, stream);
 }
 
-// More of them, of one matrix.
+// More of them, of one matrix and without a residual.
 template <class T, int BITS>
 cudaError_t many_rows(const Problem& p, cudaStream_t stream) {
   if (p.in % 16 || p.in < 1 || p.in > INT_MAX / 2 || p.matrices[0].out < 1 || p.rows > INT_MAX)
