@@ -84,8 +84,8 @@ __device__ inline void write(const Problem& p, const Matrix& matrix, int64_t row
 template <class T, int BITS, int TILES, int M, int SPLIT>
 __global__ void __launch_bounds__(WARP* WARPS, 1) linear_kernel(Problem p) {
   constexpr int GROUPS = WARPS / SPLIT;
-  constexpr int PIECES = BITS / 4;                         // of 16 bytes, that a lane reads of an output and a unit
-  constexpr int PIECE = 128 / BITS, SPAN = 4 * PIECE;      // inputs of a piece, and of those of 4 lanes
+  constexpr int PIECES = BITS / 4;                     // of 16 bytes, that a lane reads of an output and a unit
+  constexpr int PIECE = 128 / BITS, SPAN = 4 * PIECE;  // inputs of a piece, and of those of 4 lanes
   constexpr int X_PIECE = BITS == 16 ? 8 : 16, X_SPAN = BITS == 16 ? 32 : 8;  // where x is read to match
   __shared__ float sums[SPLIT > 1 ? WARPS : 1][SPLIT > 1 ? ROWS * TILES : 1][SPLIT > 1 ? OUTPUTS + 1 : 1];
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, part = warp % SPLIT;

@@ -250,8 +250,8 @@ class Emu3Model(CheckpointMixin, nn.Layer):
             return False
         if not mask.by_row and mask.slots is not None:
             return False  # a prompt's own row is a view of the cache
-        if mask.padding is not None and not x.place.is_cpu_place():
-            return False
+        if mask.allowed is not None and not x.place.is_cpu_place():
+            return False  # a card's kernels know no padding
         return all(layer.has_step(x, cache) for layer in self.layers)
 
 
