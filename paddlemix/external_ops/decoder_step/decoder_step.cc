@@ -38,8 +38,9 @@ Sizes check(const Tensor& x, const Tensors& norms, const Tensors& weights, const
   PD_CHECK(norms.size() == NORMS && weights.size() == WEIGHTS && (!scales || scales->size() == WEIGHTS),
            "decoder_step takes two norms, seven weights and as many scales or none");
   const auto is_given = [](const Tensor& t) { return t.initialized() && t.numel() > 0; };
-  PD_CHECK(is_given(x) && is_given(cosine) && is_given(sine) && is_given(key) && is_given(value) &&
-               std::all_of(norms.begin(), norms.end(), is_given) && std::all_of(weights.begin(), weights.end(), is_given),
+  const auto are_given = [&](const Tensors& ts) { return std::all_of(ts.begin(), ts.end(), is_given); };
+  PD_CHECK(is_given(x) && is_given(cosine) && is_given(sine) && is_given(key) && is_given(value) && are_given(norms) &&
+               are_given(weights),
            "a tensor of decoder_step is missing or empty");
   const auto shape = x.shape(), cache = key.shape();
   PD_CHECK(shape.size() == 3, "x must be [B, new, hidden]");
@@ -69,8 +70,9 @@ Sizes check(const Tensor& x, const Tensors& norms, const Tensors& weights, const
     const int64_t columns = in_4_bits ? groups * few_rows_linear::GROUP / 2 : in[i];
     PD_CHECK(is_like(weights[i], {out[i], columns}, dtype, x), "weight ", i, " must be [", out[i], ", ", columns,
              "], of the dtype of weight 0, where x is");
-    PD_CHECK(!scales || is_like((*scales)[i], in_4_bits ? Shape({out[i], groups}) : Shape({out[i]}), DataType::FLOAT32, x),
-             "scale ", i, " is not as few_rows_linear takes it");
+    const Shape scale = in_4_bits ? Shape({out[i], groups}) : Shape({out[i]});
+    PD_CHECK(!scales || is_like((*scales)[i], scale, DataType::FLOAT32, x), "scale ", i,
+             " is not as few_rows_linear takes it");
   }
   return sizes;
 }

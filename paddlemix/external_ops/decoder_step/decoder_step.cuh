@@ -11,8 +11,8 @@
 //   y = middle + linear(inner)
 //
 // What is kept between launches is of 16 bits, sums are of float32. How many tokens a row has is read on the device, so
-// that a CUDA graph of a step stands for those at other positions: the grid covers the capacity of the cache, and blocks
-// behind a row's end leave at once.
+// that a CUDA graph of a step stands for those at other positions: the grid covers the capacity of the cache, and
+// blocks behind a row's end leave at once.
 #pragma once
 
 #include "../few_rows_linear/few_rows_linear.cuh"
@@ -61,9 +61,9 @@ __device__ inline void rotate(const Attention& a, const T* from, int64_t row, in
   to[other] = narrow(y * a.cosine[angle + other] + x * a.sine[angle + other], T());
 }
 
-// DIM: 64, 128 or 256, a.dim or more. The products are those of tensor_cores.cuh: queries times keys gives scores, whose
-// layout is that of the factor of the values. A lane reads 16 bytes of a key or value at a time: which of its numbers
-// meet in a product does not matter as long as both factors agree.
+// DIM: 64, 128 or 256, a.dim or more. The products are those of tensor_cores.cuh: queries times keys gives scores,
+// whose layout is that of the factor of the values. A lane reads 16 bytes of a key or value at a time: which of its
+// numbers meet in a product does not matter as long as both factors agree.
 template <class T, int DIM>
 __global__ void __launch_bounds__(THREADS, 2) attend_kernel(Attention a) {
   alignas(16) __shared__ T query[QUERIES][DIM + 8];
@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(THREADS, 2) attend_kernel(Attention a) {
   }
   __syncthreads();
 
-  // A lane has sums of queries `place` and `place + 8`: [i / 2], and of numbers 64 * c + 8 * (2 * pair + i % 2) + j of a
-  // value: [c][j].
+  // A lane has sums [c][j][i] of queries place + 8 * (i / 2) and of numbers 64 * c + 8 * (2 * pair + i % 2) + j of a
+  // value.
   float sum[DIM / 64][8][4] = {}, largest[2] = {NOTHING, NOTHING}, total[2] = {};
   const float scale = 1.44269504f / sqrtf(dim);  // to base 2
   const int64_t ends[2] = {a.end(row, first_query + place), a.end(row, first_query + place + 8)};
@@ -272,11 +272,13 @@ inline bool is_size(const Step& s) {
 }
 
 inline bool is_right(const Step& s) {
-  const void* pointers[] = {s.x, s.key, s.value, s.y, s.workspace, s.weights[0], s.weights[1],
-                            s.weights[2], s.weights[3], s.weights[4], s.weights[5], s.weights[6]};
-  for (const void* pointer : pointers)
-    if (!pointer || reinterpret_cast<uintptr_t>(pointer) % 16) return false;
-  return is_size(s);
+  const auto is_aligned = [](const void* pointer) {
+    return pointer && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  };
+  for (const void* weight : s.weights)
+    if (!is_aligned(weight)) return false;
+  return is_size(s) && is_aligned(s.x) && is_aligned(s.key) && is_aligned(s.value) && is_aligned(s.y) &&
+         is_aligned(s.workspace);
 }
 
 // Where in the workspace what is, in bytes.
@@ -319,7 +321,9 @@ cudaError_t run(const Step& s, cudaStream_t stream) {
   const auto matrix = [&](int i, void* y, int64_t out) {
     return few_rows_linear_cuda::Matrix{s.weights[i], s.scales[i], y, out};
   };
-  const auto linear = [&](few_rows_linear_cuda::Problem p) { return few_rows_linear_cuda::few_rows<T, BITS>(p, stream); };
+  const auto linear = [&](const few_rows_linear_cuda::Problem& p) {
+    return few_rows_linear_cuda::few_rows<T, BITS>(p, stream);
+  };
   const Attention attention{q, k, v, s.cosine, s.sine, s.key, s.value, s.lengths, s.row_slots,
                             reinterpret_cast<float*>(at(places.sums)), reinterpret_cast<float*>(at(places.known)),
                             attended, s.batch, s.news, s.heads, s.kv_heads, s.dim, s.angles, s.slots, s.capacity};

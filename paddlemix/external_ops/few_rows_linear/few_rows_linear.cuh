@@ -5,8 +5,8 @@
 //
 // (of int8 there is one group; of 16 bits one without a scale). Levels are whole numbers that 16 bits hold exactly, so
 // that tensor cores multiply them and only y is rounded. SPLIT warps take the same outputs and in turn units of 128
-// inputs; a lane reads 16 bytes of an output at a time. In which order a warp goes through the inputs of a unit does not
-// matter, so bytes are widened where they lie, and the activations are read to match.
+// inputs; a lane reads 16 bytes of an output at a time. In which order a warp goes through the inputs of a unit does
+// not matter, so bytes are widened where they lie, and the activations are read to match.
 #pragma once
 
 #include <climits>
