@@ -72,15 +72,16 @@ def test_compiles_for_cards(source, tmp_path):
 
 @needs_nvcc
 def test_compiles_for_an_older_card(tmp_path):
-    """A T4: it keeps the norms and the codewords; the tensor cores' kernel does nothing there."""
-    for source in ("few_rows_linear/few_rows_linear.cu", "nearest_codeword/nearest_codeword.cu"):
+    """A T4: it keeps the norms and the codewords; the tensor cores' kernels do nothing there."""
+    for name in ("few_rows_linear", "nearest_codeword", "decoder_step"):
+        source = f"{name}/{name}.cu"
         run(NVCC, "-O1", "-std=c++17", "-arch=sm_75", "-I", OPS, "-c", OPS / source, "-o", tmp_path / "out.o")
 
 
 @needs_nvcc
 @pytest.mark.parametrize(
     "source",
-    ["few_rows_linear/few_rows_linear.cc", "fused_ln/fused_ln.cc", "nearest_codeword/nearest_codeword.cc"],
+    [f"{name}/{name}.cc" for name in ("few_rows_linear", "fused_ln", "nearest_codeword", "decoder_step")],
 )
 def test_paddle_side_compiles_with_cuda(source):
     """What a CUDA build of Paddle compiles, against this Paddle's headers; Python's part of them asks for cuBLAS's."""
@@ -101,11 +102,13 @@ def build_for_host(folder, change=lambda code: code):
     for path in (*OPS.rglob("*.cu"), *OPS.rglob("*.cuh"), *OPS.rglob("*_cuda.h")):
         if (HOST / path.name).exists():
             continue
+        copy = folder / path.relative_to(OPS)
+        copy.parent.mkdir(exist_ok=True)
         launch = r"([\w:]+(?:<[^<>;]*>)?)\s*<<<([^;]*?)>>>\(([^;]*)\);"
         code, found = re.subn(launch, r"cuda_on_host::launch(\2, [&] { \1(\3); });", change(path.read_text()))
         assert "<<<" not in code and bool(found) == ("__global__" in code), path
-        (folder / path.name).write_text(code)
-    sources = [word for source in SOURCES for word in ("-x", "c++", folder / Path(source).name)]
+        copy.write_text(code)
+    sources = [word for source in SOURCES for word in ("-x", "c++", folder / source)]
     run(
         "g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off",
         "-I", HOST, *sources, "-o", folder / "kernels.so",
@@ -185,6 +188,101 @@ def test_quantized_linear(kernels, order, rows, inputs, out, bits, dtype):
         assert error(y, expected) < {"float16": 5e-4, "bfloat16": 4e-3}[dtype]  # half a step of the result's own
 
 
+# tokens of each row, the new ones with them; how many are new; heads, key heads, head_dim
+STEPS = [
+    ([5], 1, 2, 2, 64), ([300, 17, 513], 1, 4, 1, 128), ([520, 40], 17, 4, 1, 64),
+    ([1, 2, 3, 4, 5, 256, 257, 258, 9], 1, 2, 2, 80), ([300], 44, 2, 1, 256),
+]  # fmt: skip
+
+
+def rms_norm(x, scale):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPSILON) * scale
+
+
+def layer64(x, norms, weights, theta, key, value, lengths, slots):
+    """The layer in float64; the new tokens are put into key and value. theta [batch, news, 1, dim / 2]"""
+    batch, news, _ = x.shape
+    kv_heads, dim = key.shape[1], key.shape[3]
+    wq, wk, wv, wo, gate, up, down = weights
+
+    def rotated(y):
+        first, second = np.split(y, 2, axis=-1)
+        return np.concatenate(
+            [first * np.cos(theta) - second * np.sin(theta), second * np.cos(theta) + first * np.sin(theta)], axis=-1
+        )
+
+    h = rms_norm(x, norms[0])
+    q, k, v = ((h @ w.T).reshape([batch, news, -1, dim]) for w in (wq, wk, wv))
+    q, k = rotated(q), rotated(k)
+    attended, group = np.empty_like(q), q.shape[2] // kv_heads
+    for b, (length, slot) in enumerate(zip(lengths, slots)):
+        for i in range(news):
+            at = length - news + i
+            key[slot, :, at], value[slot, :, at] = k[b, i], v[b, i]
+            for head in range(q.shape[2]):
+                seen = key[slot, head // group, : at + 1], value[slot, head // group, : at + 1]
+                weight = np.exp(seen[0] @ q[b, i, head] / np.sqrt(dim))
+                attended[b, i, head] = weight @ seen[1] / weight.sum()
+    x = x + attended.reshape([batch, news, -1]) @ wo.T
+    h = rms_norm(x, norms[1])
+    gated = h @ gate.T
+    return x + (gated / (1 + np.exp(-gated)) * (h @ up.T)) @ down.T
+
+
+def make_step(lengths, news, heads, kv_heads, dim, dtype, weights, hidden=144, inner=272):
+    """Random arguments of emu3_decoder_step, and those of layer64. Nobody's keys are NaN; slots are out of order."""
+    rng = np.random.default_rng(4)
+    batch, capacity = len(lengths), max(lengths) + 3
+    slots = [batch + 1, *range(batch - 1)]
+    x, x64 = tensor(rng, [batch, news, hidden], dtype)
+    norms, norms64 = zip(*(tensor(rng, [hidden], dtype, 1) for _ in range(2)))
+    shapes = [(heads * dim, hidden), (kv_heads * dim, hidden), (kv_heads * dim, hidden), (hidden, heads * dim)]
+    shapes += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    given, scales, given64 = [], [], []
+    for out, inputs in shapes:
+        weight = paddle.to_tensor((rng.standard_normal([out, inputs]) / np.sqrt(inputs)).astype(np.float32))
+        packed = (weight.astype(dtype), None) if weights == "16 bits" else quantize(weight, int(weights[-1]))
+        given.append(packed[0])
+        scales.append(packed[1])
+        value = packed[0].astype("float32") if packed[1] is None else dequantize(*packed, inputs)
+        given64.append(value.numpy().astype(np.float64))
+    theta = rng.uniform(0, 7, [batch, news, 1, dim // 2])
+    doubled = np.cos(theta), np.cos(theta), -np.sin(theta), np.sin(theta)
+    angles = [paddle.to_tensor(np.concatenate(pair, -1).astype(np.float32)) for pair in (doubled[:2], doubled[2:])]
+    cache = rng.standard_normal([2, batch + 2, kv_heads, capacity, dim])
+    known = np.zeros(cache.shape[1:4], bool)
+    for slot, length in zip(slots, lengths):
+        known[slot, :, : length - news] = True
+    cache[:, ~known] = np.nan
+    cache = [paddle.to_tensor(x.astype(np.float32)).astype(dtype) for x in cache]
+    cache64 = [x.astype("float32").numpy().astype(np.float64) for x in cache]
+    rows = paddle.to_tensor(lengths), paddle.to_tensor(slots)
+    step = x, norms, given, scales, *angles, *cache, *rows, like(x)
+    return step, (x64, norms64, given64, theta, *cache64, lengths, slots)
+
+
+@pytest.mark.parametrize("weights", ["16 bits", "int8", "int4"])
+@pytest.mark.parametrize("case", range(len(STEPS)))
+def test_decoder_step(kernels, order, case, weights):
+    dtype = ("float16", "bfloat16")[case % 2]
+    tensors, expected = make_step(*STEPS[case], dtype, weights)
+    before = [x.clone() for x in tensors[6:8]]
+    step, size = check_cuda.as_step(EPSILON, *tensors), ctypes.c_int64()
+    assert kernels.emu3_decoder_step_bytes(ctypes.byref(step), ctypes.byref(size)) == 0
+    workspace = paddle.full([size.value // 4 + 4], float("nan"))
+    step.workspace = workspace.data_ptr()
+    assert kernels.emu3_decoder_step(ctypes.byref(step), None) == 0
+    y64, rounding = layer64(*expected), {"float16": 1e-3, "bfloat16": 8e-3}[dtype]
+    assert error(tensors[-1], y64) < 2 * rounding
+    assert workspace[size.value // 4 :].isnan().all()
+    for now, was, right in zip(tensors[6:8], before, expected[4:6]):
+        now, was = (x.astype("float32").numpy() for x in (now, was))
+        new = np.isnan(was) & ~np.isnan(right)
+        assert new.sum() == len(STEPS[case][0]) * STEPS[case][1] * STEPS[case][3] * STEPS[case][4]
+        np.testing.assert_array_equal(now[~new], was[~new])
+        assert np.abs(now[new] - right[new]).max() < 2 * rounding * np.abs(right[new]).max()
+
+
 @pytest.fixture(scope="module")
 def torch_python():
     for python in (os.environ.get("PEER_PYTHON"), ROOT / ".venv-peer/bin/python", ROOT / ".venv-mini/bin/python"):
@@ -204,7 +302,7 @@ def check_with(torch_python, library, *arguments):
 
 def test_check_cuda_finds_nothing_wrong(kernels, torch_python):
     rows, wrong = check_with(torch_python, "ctypes.CDLL(sys.argv[1])", kernels._name)
-    assert wrong == [] and len(rows) == 11
+    assert wrong == [] and len(rows) == 17
     assert all(cases >= 14 and error < 1 for _, _, cases, error in rows)
 
 

@@ -9,6 +9,7 @@ without as a share of what a large copy moves. Exit code 1: a number is wrong; 2
 """
 
 import ctypes
+import math
 import os
 import re
 import shutil
@@ -35,6 +36,14 @@ QUANTIZED = [(dtype, bits) for dtype in ("float16", "bfloat16") for bits in (8, 
 LINEAR_SHAPES = [(0, 16, 1), (1, 16, 1), (2, 144, 33), (3, 512, 130), (8, 272, 7), (11, 256, 40), (34, 400, 129),
                  (77, 128, 16)]  # rows, in, out  # fmt: skip
 MORE_LINEAR_SHAPES = [(2, 4096, 184622), (16, 14336, 4096), (34, 4096, 1024), (4097, 4096, 1000)]  # the released sizes
+STEP_KINDS = [(dtype, bits) for dtype in ("float16", "bfloat16") for bits in (16, 8, 4)]
+STEPS = [([3], 1, 1, 1, 16, 32, 48), ([270, 16], 1, 4, 1, 64, 48, 32), ([40], 17, 2, 2, 16, 16, 16),
+         ([20, 258], 5, 4, 2, 32, 144, 16), ([1, 2, 3, 4, 5, 6, 7, 8, 300], 1, 2, 1, 16, 16, 144),
+         ([64], 64, 1, 1, 16, 32, 16), ([257, 20], 2, 3, 3, 144, 16, 16)]  # fmt: skip
+# lengths with the new tokens, how many are new, heads, key heads, head_dim, hidden, inner
+RELEASED = 32, 8, 128, 4096, 14336
+MORE_STEPS = [([4100, 3], 1, *RELEASED), ([4100, 700], 17, *RELEASED), ([300] * 16, 1, *RELEASED),
+              ([8190], 64, *RELEASED)]  # fmt: skip
 EPSILON = 1e-5
 MARGIN = 64  # values before and after each tensor
 
@@ -63,7 +72,7 @@ def main():
         print(f"a large copy moves {limit / 1e9:.0f} GB/s")
         rows, wrong = check(
             library, "cuda", NORM_SHAPES + MORE_NORM_SHAPES, CODEBOOKS + MORE_CODEBOOKS,
-            LINEAR_SHAPES + MORE_LINEAR_SHAPES,
+            LINEAR_SHAPES + MORE_LINEAR_SHAPES, STEPS + MORE_STEPS,
         )  # fmt: skip
         print(table(rows, times(library), limit))
     print(*wrong, sep="\n")
@@ -276,6 +285,146 @@ def check_quantized(library, device, rows, inputs, out, dtype, bits, offset):
     return {"y": worst(y, expected, float(expected.abs().max()) if rows else 1) / ROUNDING[dtype]}, wrong
 
 
+class DecoderStep(ctypes.Structure):
+    """Emu3DecoderStep of decoder_step_cuda.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "input_norm", "post_norm")),
+        ("weights", ctypes.c_void_p * 7), ("scales", ctypes.c_void_p * 7),
+        *((name, ctypes.c_void_p) for name in
+          ("cosine", "sine", "key", "value", "lengths", "row_slots", "y", "workspace")),
+        *((name, ctypes.c_int64) for name in
+          ("batch", "news", "hidden", "heads", "kv_heads", "dim", "inner", "angles", "slots", "capacity")),
+        ("epsilon", ctypes.c_float), ("type", ctypes.c_int), ("bits", ctypes.c_int),
+    ]  # fmt: skip
+
+
+def as_step(epsilon, x, norms, weights, scales, cosine, sine, key, value, lengths, row_slots, y):
+    """A DecoderStep of these tensors, PyTorch's or Paddle's, without its workspace."""
+    batch, news, hidden = x.shape
+    slots, kv_heads, capacity, dim = key.shape
+    x_type, weight_type = (str(tensor.dtype).split(".")[1] for tensor in (x, weights[0]))
+    step = DecoderStep(
+        batch=batch, news=news, hidden=hidden, heads=weights[0].shape[0] // dim, kv_heads=kv_heads, dim=dim,
+        inner=weights[4].shape[0], angles=cosine.shape[0], slots=slots, capacity=capacity,
+        epsilon=epsilon, type=TYPES[x_type], bits={"int8": 8, "uint8": 4}.get(weight_type, 16),
+    )  # fmt: skip
+    tensors = {"x": x, "input_norm": norms[0], "post_norm": norms[1], "cosine": cosine, "sine": sine, "key": key,
+               "value": value, "lengths": lengths, "row_slots": row_slots, "y": y}  # fmt: skip
+    for name, tensor in tensors.items():
+        setattr(step, name, None if tensor is None else tensor.data_ptr())
+    for i, (weight, scale) in enumerate(zip(weights, scales)):
+        step.weights[i], step.scales[i] = weight.data_ptr(), None if scale is None else scale.data_ptr()
+    return step
+
+
+def decoder_step(library, step, device):
+    return library.emu3_decoder_step(ctypes.byref(step), stream(device))
+
+
+def with_workspace(library, step, device):
+    """The workspace, amid NaNs, which the step is given; and all of it."""
+    size = ctypes.c_int64()
+    library.emu3_decoder_step_bytes(ctypes.byref(step), ctypes.byref(size))
+    inner, whole = guarded(torch.full([size.value // 4], float("nan")), torch.float32, device, 0)
+    step.workspace = inner.data_ptr()
+    return inner, whole
+
+
+def step_weights(heads, kv_heads, dim, hidden, inner, dtype, bits, random, device):
+    """Seven weights, seven scales, and seven times float64 [out, in], as large as keeps numbers near 1."""
+    shapes = [(heads * dim, hidden), (kv_heads * dim, hidden), (kv_heads * dim, hidden), (hidden, heads * dim),
+              (inner, hidden), (inner, hidden), (hidden, inner)]  # fmt: skip
+    found = []
+    for out, inputs in shapes:
+        size = 2.0 ** -round(math.log2(inputs) / 2)
+        if bits == 16:
+            weight = (torch.randn(out, inputs, generator=random, device=device) * size).to(getattr(torch, dtype))
+            found.append((weight, None, weight))
+        else:
+            weight, scale, values = quantized_weight(bits, out, inputs, random, device)
+            found.append((weight, scale * size, values * size))
+    return zip(*found)
+
+
+def step_reference(x, norms, weights, theta, key, value, lengths, slots):
+    """y in float64; new tokens are put into key and value, float64. theta [batch, news, 1, dim / 2]"""
+    batch, news, _ = x.shape
+    dim, cos, sin = key.shape[3], theta.cos(), theta.sin()
+
+    def linear(x, weight):
+        return x @ weight.double().t()
+
+    def norm(x, scale):
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + EPSILON) * scale.double()
+
+    def rotated(y):
+        first, second = y.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+    h = norm(x, norms[0])
+    q, k, v = (linear(h, weight).view(batch, news, -1, dim) for weight in weights[:3])
+    q, k, group = rotated(q), rotated(k), q.shape[2] // k.shape[2]
+    attended = []
+    for row, (length, slot) in enumerate(zip(lengths, slots)):
+        key[slot, :, length - news : length] = k[row].transpose(0, 1)
+        value[slot, :, length - news : length] = v[row].transpose(0, 1)
+        keys, values = (x[slot, :, :length].repeat_interleave(group, 0) for x in (key, value))
+        scores = q[row].transpose(0, 1) @ keys.transpose(1, 2) / dim**0.5  # [heads, news, length]
+        late = torch.ones(news, length, dtype=torch.bool, device=x.device).triu(length - news + 1)
+        out = scores.masked_fill(late, -math.inf).softmax(-1) @ values
+        attended.append(out.transpose(0, 1).reshape(news, -1))
+    x = x + linear(torch.stack(attended), weights[3])
+    h = norm(x, norms[1])
+    return x + linear(torch.nn.functional.silu(linear(h, weights[4])) * linear(h, weights[5]), weights[6])
+
+
+def check_step(library, device, lengths, news, heads, kv_heads, dim, hidden, inner, dtype, bits, offset):
+    """As check_norm. Slots are out of order, and what no query sees is NaN."""
+    random = torch.Generator(device).manual_seed(sum(lengths) + dim)
+    at, of_16_bits, batch = 8 * offset, getattr(torch, dtype), len(lengths)
+    slots = [batch + 1, *range(batch - 1)]
+    buffers = {}
+
+    def put(name, *shape, shift=0.0, fill=None):
+        values = torch.full(shape, fill) if fill else torch.randn(shape, generator=random, device=device) + shift
+        buffers[name] = guarded(values, of_16_bits, device, at)
+        return buffers[name][0]
+
+    x, norms = put("x", batch, news, hidden), [put(f"norm {i}", hidden, shift=1) for i in range(2)]
+    weights, scales, values64 = step_weights(heads, kv_heads, dim, hidden, inner, dtype, bits, random, device)
+    theta = 7 * torch.rand(batch, news, 1, dim // 2, generator=random, device=device).double()
+    cos, sin = theta.cos().float(), theta.sin().float()
+    cache = [put(name, batch + 2, kv_heads, max(lengths) + 3, dim) for name in ("key", "value")]
+    new = torch.zeros(cache[0].shape[:3], dtype=torch.bool, device=device)
+    for tensor in cache:
+        old = torch.zeros_like(new)
+        for slot, length in zip(slots, lengths):
+            old[slot, :, : length - news] = new[slot, :, length - news : length] = True
+            new[slot, :, : length - news] = False
+        tensor[~old] = float("nan")
+    before = [tensor.clone() for tensor in cache]
+    rows = [torch.tensor(numbers, device=device) for numbers in (lengths, slots)]
+    y = put("y", batch, news, hidden, fill=float("nan"))
+    step = as_step(EPSILON, x, norms, weights, scales, torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1), *cache,
+                   *rows, y)  # fmt: skip
+    buffers["the workspace"] = with_workspace(library, step, device)
+    codes, results = [], []
+    for _ in range(2):
+        codes.append(decoder_step(library, step, device))
+        results.append(y.clone())
+    cache64 = [tensor.double() for tensor in before]
+    expected = step_reference(x.double(), norms, values64, theta, *cache64, lengths, slots)
+    wrong = [f"CUDA error {code}" for code in codes if code]
+    wrong += [] if same(*results) else ["y differs from call to call"]
+    wrong += [f"something was written beside {name}" for name, pair in buffers.items() if not untouched(*pair)]
+    errors = {"y": worst(y, expected, float(expected.abs().max()))}
+    for name, tensor, was, values in zip(("key", "value"), cache, before, cache64):
+        errors[name] = worst(tensor[new], values[new], float(values[new].abs().max()))
+        wrong += [] if same(tensor[~new], was[~new]) else [f"another {name} than the new ones was written"]
+    return {name: error / (2 * ROUNDING[dtype]) for name, error in errors.items()}, wrong  # it rounds several times
+
+
 def check_refusals(library, device):
     """What the C functions must refuse: types that are none, sizes past those of a grid or an int, long latents."""
     one = torch.ones(1, 1, device=device)
@@ -288,12 +437,17 @@ def check_refusals(library, device):
         "2^40 codewords": library.emu3_nearest_codeword(*[p] * 5, n, n, none, stream(device)),
         "quantized type 0": library.emu3_quantized_linear(0, 8, *[p] * 4, n, sixteen, n, stream(device)),
         "3 bits": library.emu3_quantized_linear(2, 3, *[p] * 4, n, sixteen, n, stream(device)),
+        "a step of nothing": decoder_step(library, DecoderStep(), device),
         "17 inputs": library.emu3_quantized_linear(2, 8, *[p] * 4, n, ctypes.c_int64(17), n, stream(device)),
     }
     return [f"{name}: accepted" for name, code in calls.items() if code != 1]  # cudaErrorInvalidValue
 
 
-def check(library, device, norm_shapes=NORM_SHAPES, codebooks=CODEBOOKS, linear_shapes=LINEAR_SHAPES):
+def step_types(dtype, bits):
+    return dtype if bits == 16 else f"{dtype}, int{bits}"
+
+
+def check(library, device, norm_shapes=NORM_SHAPES, codebooks=CODEBOOKS, linear_shapes=LINEAR_SHAPES, steps=STEPS):
     """([(kernel, types, cases, largest error as a share of what is allowed)], what is wrong in words)"""
     cases = {}
     for layer in (False, True):
@@ -311,6 +465,10 @@ def check(library, device, norm_shapes=NORM_SHAPES, codebooks=CODEBOOKS, linear_
             (f"{sizes} + {offset}", check_quantized, (*sizes, dtype, bits, offset))
             for sizes in linear_shapes
             for offset in (0, 1)
+        ]
+    for dtype, bits in STEP_KINDS:
+        cases["decoder step", step_types(dtype, bits)] = [
+            (f"{sizes} + {offset}", check_step, (*sizes, dtype, bits, offset)) for sizes in steps for offset in (0, 1)
         ]
     rows, wrong = [], check_refusals(library, device)
     for (kernel, types), calls in cases.items():
@@ -373,6 +531,10 @@ def times(library, rows=16384, cols=4096, positions=8100, size=32768, dim=4):
         found["quantized linear", f"{dtype}, int{bits}"] = [
             (f"{rows} rows of 4096 x 14336", *time_quantized(library, dtype, bits, rows)) for rows in (1, 2, 8, 34)
         ]
+    for dtype, bits in STEP_KINDS:
+        found["decoder step", step_types(dtype, bits)] = [
+            (f"a layer, {2 * new} tokens over 4,100 keys", *time_step(library, dtype, bits, new)) for new in (1, 17)
+        ]
     return found
 
 
@@ -388,6 +550,33 @@ def time_quantized(library, dtype, bits, rows, out=14336, inputs=4096, copies=10
             quantized_linear(library, bits, x, weight, scale, y)
 
     return seconds(all_of_them, repeats=10) / copies, weights[0].nbytes
+
+
+def time_step(library, dtype, bits, new, rows=2, keys=4100, layers=3):
+    """(seconds of a layer of the released shape, bytes of its weights and of the keys and values), in a CUDA graph of
+    some layers, so that none is in the card's cache."""
+    heads, kv_heads, dim, hidden, inner = RELEASED
+    random, of_16_bits = torch.Generator("cuda").manual_seed(0), getattr(torch, dtype)
+    x, y = (torch.randn(rows, new, hidden, device="cuda").to(of_16_bits) for _ in "xy")
+    norm, angles = torch.ones(hidden, device="cuda", dtype=of_16_bits), torch.ones(1, new, 1, dim, device="cuda")
+    numbers, steps, kept = torch.tensor([[keys] * rows, [*range(rows)]], device="cuda"), [], []
+    for _ in range(layers):
+        weights, scales, _ = step_weights(heads, kv_heads, dim, hidden, inner, dtype, bits, random, "cuda")
+        cache = [torch.randn(rows, kv_heads, keys + new, dim, device="cuda").to(of_16_bits) for _ in "kv"]
+        steps.append(as_step(EPSILON, x, [norm] * 2, weights, scales, angles, angles, *cache, *numbers, y))
+        kept.append((weights, scales, cache, with_workspace(library, steps[-1], "cuda")))
+
+    def all_of_them():
+        for step in steps:
+            decoder_step(library, step, "cuda")
+
+    all_of_them()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        all_of_them()
+    moved = sum(weight.nbytes for weight in weights) + 2 * rows * kv_heads * keys * dim * 2
+    return seconds(graph.replay, repeats=10) / layers, moved
 
 
 def table(rows, timed, limit):

@@ -21,9 +21,11 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __shared__ static
 #define __launch_bounds__(...)
 
+using std::max;
 using std::min;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };

@@ -19,6 +19,8 @@ T number(uint32_t pair, int second) {
 
 }  // namespace cuda_on_host
 
+namespace tensor_cores {
+
 inline float widen(__half x) { return __half2float(x); }
 inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 inline __half narrow(float x, __half) { return __float2half_rn(x); }
@@ -53,3 +55,5 @@ uint32_t subtract(uint32_t pair, float less, T) {
   using cuda_on_host::number;
   return both(widen(number<T>(pair, 0)) - less, widen(number<T>(pair, 1)) - less, T());
 }
+
+}  // namespace tensor_cores

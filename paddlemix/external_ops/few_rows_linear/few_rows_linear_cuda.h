@@ -1,6 +1,6 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// quantized.cuh behind a C interface; free of Paddle and of CUDA's headers. Types: 1 float16, 2 bfloat16. It gives a
-// cudaError_t. Pointers as in quantized.cuh, on the device.
+// few_rows_linear.cuh behind a C interface; free of Paddle and of CUDA's headers. Types: 1 float16, 2 bfloat16. It gives a
+// cudaError_t. Pointers as in few_rows_linear.cuh, on the device.
 #pragma once
 
 #include <cstdint>

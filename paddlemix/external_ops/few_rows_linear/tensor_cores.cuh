@@ -1,5 +1,5 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// What the tensor cores of compute capability 8.0 and later do for quantized.cuh, and pairs of 16-bit numbers. Compiled
+// What the tensor cores of compute capability 8.0 and later do, and pairs of 16-bit numbers. Compiled
 // for an older card it does nothing: Python does not call it there.
 #pragma once
 
@@ -9,6 +9,10 @@
 
 #include <cstdint>
 
+namespace tensor_cores {
+
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline __half narrow(float x, __half) { return __float2half_rn(x); }
 __device__ inline __nv_bfloat16 narrow(float x, __nv_bfloat16) { return __float2bfloat16_rn(x); }
 
@@ -47,6 +51,13 @@ __device__ inline uint32_t subtract(uint32_t pair, float number, __nv_bfloat16) 
 }
 
 // Two numbers in a word, the first in the low half.
+__device__ inline uint32_t both(float first, float second, __half) {
+  const __half2 x = __floats2half2_rn(first, second);
+  uint32_t pair;
+  memcpy(&pair, &x, 4);
+  return pair;
+}
+
 __device__ inline uint32_t both(float first, float second, __nv_bfloat16) {
   const __nv_bfloat162 x = __floats2bfloat162_rn(first, second);
   uint32_t pair;
@@ -66,3 +77,5 @@ __device__ inline uint32_t both(float, float, T) {
   return 0;
 }
 #endif
+
+}  // namespace tensor_cores

@@ -83,7 +83,7 @@ class Mask:
         self.by_row = paddle.is_tensor(past)
         self.is_first = not self.by_row and past == 0
         self.by_query = allowed is not None and allowed.shape[2] > 1
-        self._full = self._rows = None
+        self._full = self._rows = self._lengths = None
 
     @cached_property
     def padding(self):
@@ -96,8 +96,10 @@ class Mask:
         return self.past.unsqueeze(-1) + paddle.arange(self.new)
 
     def lengths(self, rows):
-        """int64 [rows], the tokens of each row in all."""
-        return self.past + self.new if self.by_row else paddle.full([rows], self.past + self.new, "int64")
+        """int64 [rows], the tokens of each row in all; the same tensor for all layers."""
+        if self._lengths is None:
+            self._lengths = self.past + self.new if self.by_row else paddle.full([rows], self.past + self.new, "int64")
+        return self._lengths
 
     @cached_property
     def row_slots(self):

@@ -12,7 +12,8 @@ from paddle.distributed.fleet.utils import recompute
 from paddlenlp.transformers.model_outputs import CausalLMOutputWithPast
 
 from paddlemix.external_ops import operators
-from paddlemix.external_ops.decoder_step import decoder_step
+from paddlemix.external_ops.decoder_step import card_takes, decoder_step
+from paddlemix.external_ops.few_rows_linear import FEW_ROWS
 from paddlemix.external_ops.fused_ln import fused_rms_norm
 from paddlemix.paddle_private import is_untouched
 from paddlemix.utils import InputError
@@ -107,8 +108,18 @@ class Emu3DecoderLayer(nn.Layer):
             and len({part.weight.dtype for part in linears}) == len({part.eps for part in norms}) == 1
         )
 
+    def has_step(self, x, cache):
+        """Whether decoder_step computes the same of x, on the device that it is on."""
+        if not self.is_plain():
+            return False
+        if x.place.is_cpu_place():
+            return x.dtype == paddle.float32
+        norms, linears = self._parts()
+        key = cache.keys[self.self_attn.layer]
+        return card_takes(x, [part.weight for part in norms], [part.weight for part in linears], key)
+
     def step(self, x, rotary, mask, cache):
-        """What `forward` gives on a CPU, by the compiled decoder_step."""
+        """What `forward` gives, by the compiled decoder_step."""
         norms, linears = self._parts()
         layer = self.self_attn.layer
         return decoder_step(
@@ -222,7 +233,7 @@ class Emu3Model(CheckpointMixin, nn.Layer):
 
     def _run(self, x, rotary, mask, cache):
         x = x.astype("float32") if x.place.is_cpu_place() else x
-        has_step = cache is not None and self._has_step(x, mask)
+        has_step = cache is not None and self._has_step(x, mask, cache)
         for layer in self.layers:
             if has_step:
                 x = layer.step(x, rotary, mask, cache)
@@ -232,12 +243,15 @@ class Emu3Model(CheckpointMixin, nn.Layer):
                 x = layer(x, rotary, mask, cache)
         return self.norm(x)
 
-    def _has_step(self, x, mask):
-        """decoder_step takes new tokens of a cache on a CPU and layers as they were made, and gives no gradient."""
-        on_cpu = x.dtype == paddle.float32 and x.place.is_cpu_place() and operators() is not None
-        if not on_cpu or mask.by_query or paddle.is_grad_enabled() or self.training:
+    def _has_step(self, x, mask, cache):
+        """decoder_step takes new tokens of a cache and layers as they were made, and gives no gradient; on a card few
+        tokens after others."""
+        if operators() is None or mask.by_query or paddle.is_grad_enabled() or self.training:
             return False
-        return all(layer.is_plain() for layer in self.layers)
+        few = x.shape[0] * x.shape[1] <= FEW_ROWS and mask.allowed is None and (mask.by_row or mask.slots is None)
+        if not x.place.is_cpu_place() and (mask.is_first or not few):
+            return False
+        return all(layer.has_step(x, cache) for layer in self.layers)
 
 
 class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
