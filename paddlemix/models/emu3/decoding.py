@@ -20,6 +20,7 @@ from paddlemix.paddle_private import to_tensor
 from paddlemix.utils import InputError, whole_number, whole_numbers
 
 from .cache import cache_bytes
+from .cuda_graph import Replayed
 from .sequences import Answer
 
 DECODING = ("auto", "step", "jacobi")
@@ -27,6 +28,7 @@ WINDOW = 15  # tokens that a pass of "jacobi" guesses: twice as many save a tent
 # Rows of a product on a CPU that take at most about a quarter longer than two, by dtype of the weights; without the
 # compiled operators two take as long as one and four twice as long.
 CHEAP_ROWS = {"float32": 6, "bfloat16": 6, "int8": 4, "int4": 2}
+MOST_PASSES = 8  # that are kept for their shapes to come again; a CUDA graph holds the memory of its pass
 PROMPT_CHUNK = {"cpu": 512, "gpu": 4096}  # tokens of a prompt that are read at once, between the others' steps
 
 
@@ -94,13 +96,13 @@ class Batch:
             self.slots[sequence] = [next(slots) for _ in sequence.prompts]
             sequence.batch, sequence.cached, sequence.reused = self, 0, 0
         self.waiting.append(sequences)
-        self._passes.clear()
 
     def _length(self, sequence):
         return sequence.length + self.most  # a row may be filled up to another's new
 
     def _take(self, count, length):
         """Free slots. Where memory is short, kept prompts are given up for them, and then a cache of nobody."""
+        self._forget_passes()
         while True:
             try:
                 if self.cache is None:
@@ -130,7 +132,7 @@ class Batch:
             self._give_up_oldest()
         if not self.slots:
             self.cache = None
-            self._passes.clear()
+            self._forget_passes()
 
     def _give_up_oldest(self):
         slot = next(iter(self.kept))
@@ -149,7 +151,7 @@ class Batch:
             self.cache.free(slots)
         if sequence.batch is self:  # a finished sequence that is kept does not keep the cache
             sequence.batch = None
-        self._passes.clear()
+        self._forget_passes()
 
     def _keep(self, prompt, slot):
         """Keep a prompt that was read, where it has a whole chunk that no kept one has; whether it is kept."""
@@ -272,8 +274,8 @@ class Batch:
         new, rows = max(len(ids) for ids, _ in feeds), [slot for sequence in group for slot in self.slots[sequence]]
         self._reserve(int(self.cache.lengths[rows if self.on_cpu else slice(None)].max()) + new)
         shape = tuple((sequence, len(ids), picked) for sequence, (ids, picked) in zip(group, feeds, strict=True))
-        if shape not in self._passes:
-            self._passes[shape] = Pass(self, shape, new)
+        self._passes[shape] = self._passes.pop(shape, None) or Pass(self, shape, new)  # used last: at the end
+        self._forget_passes(MOST_PASSES)
         picked = self._passes[shape]([ids for ids, _ in feeds])
         self.forward_passes += any(count for _, _, count in shape)
         gained, start = [], 0
@@ -284,9 +286,14 @@ class Batch:
 
     def _reserve(self, length):
         if length > self.cache.capacity:
+            self._forget_passes()
             self.cache.reserve(length)
-            self._passes.clear()
             self._bound_kept()
+
+    def _forget_passes(self, most=0):
+        """All but those used last: where rows or the cache change, the addresses in them are no longer right."""
+        while len(self._passes) > most:
+            self._passes.pop(next(iter(self._passes))).replayed.reset()
 
     def _cheap_rows(self):
         """Rows that a pass takes at hardly more cost than one; None on a GPU, where a window is far from the limit."""
@@ -307,8 +314,8 @@ def choose_window(decoding, window, rows, cheap_rows):
 class Pass:
     """A forward pass of one shape: what changes from one to the next is in tensors of fixed shape and address.
 
-    So a CUDA graph of `run` could be replayed at each position, until a sequence comes or goes or the cache grows. On a
-    GPU all slots of the cache are its rows, so that no key is moved; on a CPU those of its sequences.
+    A CUDA graph of `run` is replayed at each position, until a sequence comes or goes or the cache grows. On a GPU all
+    slots of the cache are its rows, so that no key is moved; on a CPU those of its sequences.
 
     Args:
         batch: Batch.
@@ -329,6 +336,7 @@ class Pass:
         self.past = paddle.zeros([len(self.row_slots)], "int64")
         self.noise = [None] * len(shape)
         self.picked = None
+        self.replayed = Replayed(all(s.sampling.can_be_recorded(picked) for s, _, picked in shape))
 
     def __call__(self, feeds):
         """feeds: the ids of each sequence -> what is picked, int64 [all], one sequence after the other"""
@@ -342,7 +350,7 @@ class Pass:
             if noise is not None:
                 self.noise[i] = paddle.zeros(noise.shape) if self.noise[i] is None else self.noise[i]
                 self.noise[i].copy_(upload(noise), False)
-        self.run()
+        self.replayed(self.run)
         at_once([sequence.look_ahead for sequence, _, _ in self.shape])
         return [] if self.picked is None else self.picked.numpy()
 

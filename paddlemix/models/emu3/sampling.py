@@ -61,6 +61,10 @@ class Sampling:
     def is_greedy(self):
         return self.top_k == 1
 
+    def can_be_recorded(self, rows):
+        """Whether a CUDA graph can hold `pick` of so many rows: Paddle's sort of a single one waits for the card."""
+        return self.is_greedy or self.top_p == 1.0 or rows != 1
+
     def _top_k(self, logits):
         if not 0 < self.top_k < logits.shape[-1]:
             return logits
