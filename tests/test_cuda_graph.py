@@ -188,13 +188,14 @@ def test_ctrl_c_while_a_pass_is_recorded(expected, language_model, card, monkeyp
             raise KeyboardInterrupt
         run(step)
 
-    monkeypatch.setattr(decoding.Pass, "run", interrupted)
-    batch.join(*drawings)
-    while batch:
-        try:
-            batch.step()
-        except KeyboardInterrupt:
-            assert pressed and card.capturing is None
+    with monkeypatch.context() as patch:  # undone before what the fixture has put there
+        patch.setattr(decoding.Pass, "run", interrupted)
+        batch.join(*drawings)
+        while batch:
+            try:
+                batch.step()
+            except KeyboardInterrupt:
+                assert pressed and card.capturing is None
     for drawing, codes in zip(drawings, expected.codes, strict=True):
         np.testing.assert_array_equal(drawing.codes(), codes)
     assert pressed and not card.warnings

@@ -35,6 +35,9 @@ QUANTIZED = [(dtype, bits) for dtype in ("float16", "bfloat16") for bits in (8, 
 LINEAR_SHAPES = [(0, 16, 1), (1, 16, 1), (2, 144, 33), (3, 512, 130), (8, 272, 7), (11, 256, 40), (34, 400, 129),
                  (77, 128, 16)]  # rows, in, out  # fmt: skip
 MORE_LINEAR_SHAPES = [(2, 4096, 184622), (16, 14336, 4096), (34, 4096, 1024), (4097, 4096, 1000)]  # the released sizes
+PICKS = [(1, 1, 1, 0), (1, 2, 5, 2), (2, 1, 33, 1), (2, 3, 257, 7), (1, 1, 1025, 1000), (2, 2, 4097, 64),
+         (1, 1, 5000, 4999), (2, 1, 300, 0)]  # rows, positions, tokens, top_k
+MORE_PICKS = [(2, 1, 32768, 2048), (2, 16, 32768, 2048), (1, 1, 184622, 2048), (1, 8, 184622, 0)]  # the released sizes
 EPSILON = 1e-5
 MARGIN = 64  # values before and after each tensor
 
@@ -63,7 +66,7 @@ def main():
         print(f"a large copy moves {limit / 1e9:.0f} GB/s")
         rows, wrong = check(
             library, "cuda", NORM_SHAPES + MORE_NORM_SHAPES, CODEBOOKS + MORE_CODEBOOKS,
-            LINEAR_SHAPES + MORE_LINEAR_SHAPES,
+            LINEAR_SHAPES + MORE_LINEAR_SHAPES, PICKS + MORE_PICKS,
         )  # fmt: skip
         print(table(rows, times(library), limit))
     print(*wrong, sep="\n")
@@ -276,6 +279,47 @@ def check_quantized(library, device, rows, inputs, out, dtype, bits, offset):
     return {"y": worst(y, expected, float(expected.abs().max()) if rows else 1) / ROUNDING[dtype]}, wrong
 
 
+def pick_token(library, logits, noise, ids, top_k, scale, temperature, first):
+    """logits [rows, positions, tokens], noise [positions, tokens] or None, ids int64 [positions]"""
+    pointers = map(pointer, (logits, noise, ids))
+    sizes = map(ctypes.c_int64, (*logits.shape, top_k))
+    numbers = map(ctypes.c_float, (scale, temperature))
+    return library.emu3_pick_token(*pointers, *sizes, *numbers, ctypes.c_int64(first), stream(logits.device.type))
+
+
+def picked(logits, noise, top_k, scale, temperature):
+    """What pick_token.cuh's plain loop picks, each operation rounded to float32."""
+    values = logits[0] if len(logits) == 1 else logits[1] + scale * (logits[0] - logits[1])
+    if noise is not None:
+        values = values / torch.full_like(values, temperature)  # by a number PyTorch multiplies by its inverse
+        if 0 < top_k < values.shape[1]:
+            least = values.topk(top_k, dim=1).values.min(1, keepdim=True).values
+            values = torch.where(values < least, -float("inf"), values)
+        values = values + noise
+    tokens = torch.arange(values.shape[1], device=values.device)
+    is_largest = values == values.max(1, keepdim=True).values
+    return torch.where(is_largest, tokens, values.shape[1]).min(1).values  # the first of equal ones
+
+
+def check_pick(library, device, rows, positions, tokens, top_k, offset):
+    """As check_norm. Many logits are equal, and noise is large, so that each token that is kept may be picked."""
+    random = torch.Generator().manual_seed(tokens + top_k)
+    values = (torch.randn(rows, positions, tokens, generator=random) * 64).round() / 16
+    logits, around_logits = guarded(values, torch.float32, device, offset)
+    noise, around_noise = guarded(100 * torch.randn(positions, tokens, generator=random), torch.float32, device, offset)
+    whole = torch.full([positions + 2 * MARGIN], -7, dtype=torch.int64, device=device)
+    ids, wrong = whole[MARGIN : MARGIN + positions], []
+    for some_noise, k in ((noise, top_k), (None, top_k), (noise, 1), (noise, 0)):
+        error = pick_token(library, logits, some_noise, ids, k, 3.0, 0.7, 9)
+        wrong += [f"CUDA error {error}"] if error else []
+        if not bool((ids == 9 + picked(logits, some_noise, k, 3.0, 0.7)).all()):
+            wrong.append(f"other tokens are picked with top_k={k}{'' if some_noise is noise else ', without noise'}")
+    around = [whole[:MARGIN] == -7, whole[MARGIN + positions :] == -7]
+    if not (untouched(logits, around_logits) and untouched(noise, around_noise) and bool(torch.cat(around).all())):
+        wrong.append("something was written beside the ids")
+    return {"ids": 0.0}, wrong
+
+
 def check_refusals(library, device):
     """What the C functions must refuse: types that are none, sizes past those of a grid or an int, long latents."""
     one = torch.ones(1, 1, device=device)
@@ -289,11 +333,15 @@ def check_refusals(library, device):
         "quantized type 0": library.emu3_quantized_linear(0, 8, *[p] * 4, n, sixteen, n, stream(device)),
         "3 bits": library.emu3_quantized_linear(2, 3, *[p] * 4, n, sixteen, n, stream(device)),
         "17 inputs": library.emu3_quantized_linear(2, 8, *[p] * 4, n, ctypes.c_int64(17), n, stream(device)),
+        "3 rows to pick from": pick_token(library, torch.ones(3, 1, 1, device=device), one, one, 0, 1, 1, 0),
+        "temperature 0": pick_token(library, torch.ones(1, 1, 1, device=device), one, one, 0, 1, 0, 0),
     }
     return [f"{name}: accepted" for name, code in calls.items() if code != 1]  # cudaErrorInvalidValue
 
 
-def check(library, device, norm_shapes=NORM_SHAPES, codebooks=CODEBOOKS, linear_shapes=LINEAR_SHAPES):
+def check(
+    library, device, norm_shapes=NORM_SHAPES, codebooks=CODEBOOKS, linear_shapes=LINEAR_SHAPES, picks=PICKS
+):  # fmt: skip
     """([(kernel, types, cases, largest error as a share of what is allowed)], what is wrong in words)"""
     cases = {}
     for layer in (False, True):
@@ -312,6 +360,9 @@ def check(library, device, norm_shapes=NORM_SHAPES, codebooks=CODEBOOKS, linear_
             for sizes in linear_shapes
             for offset in (0, 1)
         ]
+    cases["pick token", "float32"] = [
+        (f"{sizes} + {offset}", check_pick, (*sizes, offset)) for sizes in picks for offset in (0, 1)
+    ]
     rows, wrong = [], check_refusals(library, device)
     for (kernel, types), calls in cases.items():
         largest = 0.0
@@ -373,7 +424,23 @@ def times(library, rows=16384, cols=4096, positions=8100, size=32768, dim=4):
         found["quantized linear", f"{dtype}, int{bits}"] = [
             (f"{rows} rows of 4096 x 14336", *time_quantized(library, dtype, bits, rows)) for rows in (1, 2, 8, 34)
         ]
+    found["pick token", "float32"] = [
+        (f"{rows} x {positions} x {tokens}, top_k {k}", *time_pick(library, rows, positions, tokens, k))
+        for rows, positions, tokens, k in MORE_PICKS
+    ]
     return found
+
+
+def time_pick(library, rows, positions, tokens, top_k):
+    """(seconds, bytes that must be read); what PyTorch takes for its topk of the same sizes stands beside the table."""
+    logits = torch.randn(rows, positions, tokens, device="cuda")
+    noise, ids = torch.randn_like(logits[0]), torch.empty(positions, dtype=torch.int64, device="cuda")
+    took = seconds(lambda: pick_token(library, logits, noise, ids, top_k, 3.0, 0.7, 9))
+    if top_k:
+        torchs = seconds(lambda: logits[0].topk(top_k, dim=1, sorted=False))
+        sizes = f"{positions} x {tokens}, top_k {top_k}"
+        print(f"{sizes}: PyTorch's topk alone {1e6 * torchs:.0f} us, pick token with all of it {1e6 * took:.0f} us")
+    return took, logits.nbytes + noise.nbytes
 
 
 def time_quantized(library, dtype, bits, rows, out=14336, inputs=4096, copies=10):

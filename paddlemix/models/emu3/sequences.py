@@ -121,12 +121,7 @@ class Drawing:
 
     def pick(self, logits, noise):
         """Logits float32 [rows, picked, tokens] -> ids int64 [picked]"""
-        if len(logits) > 1:
-            conditional, unconditional = logits[0], logits[1]
-            logits = unconditional + self.guidance_scale * (conditional - unconditional)
-        else:
-            logits = logits[0]
-        return self.sampling.pick(logits, noise) + self.grammar.first_visual
+        return self.sampling.pick_guided(logits, noise, self.guidance_scale, self.grammar.first_visual)
 
     def accept(self, read, picked):
         """Take what a pass picked, int64 [picked], after it read so many ids. Returns how many tokens were gained."""
@@ -208,7 +203,7 @@ class Answer:
         self.noise.make(len(self.ids), len(self.ids) + 2)
 
     def pick(self, logits, noise):
-        return self.sampling.pick(logits[0], noise)
+        return self.sampling.pick_guided(logits, noise)
 
     def accept(self, read, picked):
         if len(picked):
