@@ -11,6 +11,7 @@ from paddle.device.cuda import graphs
 from test_generation import DATA, GRAMMAR, NEGATIVE, PROMPTS, unpadded
 from test_step import addresses, as_on_a_gpu, nothing_comes_to_the_host
 
+from paddlemix import machine
 from paddlemix.models.emu3 import cache, cuda_graph, decoding, generate_images, generate_text
 from paddlemix.models.emu3.decoding import Batch
 from paddlemix.models.emu3.generation_emu3 import make_drawings
@@ -199,6 +200,23 @@ def test_ctrl_c_while_a_pass_is_recorded(expected, language_model, card, monkeyp
     for drawing, codes in zip(drawings, expected.codes, strict=True):
         np.testing.assert_array_equal(drawing.codes(), codes)
     assert pressed and not card.warnings
+
+
+def test_graphs_are_given_up_where_memory_is_out(expected, language_model, card, monkeypatch):
+    """Before Paddle releases what it keeps, and the step is tried once more."""
+    monkeypatch.setattr(cache, "CACHE_BLOCK", 64)
+    released, run = [], decoding.Pass.run
+
+    def out_of_memory(step):
+        if card.live and not card.capturing and not released:
+            raise MemoryError("ResourceExhaustedError: Out of memory error on GPU 1")
+        run(step)
+
+    monkeypatch.setattr(machine, "release_memory", lambda: released.append(len(card.live)))
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.Pass, "run", out_of_memory)
+        same(pictures(language_model), expected)
+    assert released == [0] and card.live == set() and card.log.count("record") > 1
 
 
 def test_what_paddle_sorts_is_not_recorded(language_model, card):

@@ -48,9 +48,10 @@ def _recorded(function):
         return record_cuda_graph(function)
     except Exception as error:  # nothing was computed: whatever it is, Paddle's operators can do without
         _may_record = False  # after some errors Paddle refuses to begin once more
-        first = error.__context__ or error  # that which ended the recording, and not that it could not be ended
+        # the error that ended the recording is the context of the one that it could not be ended
+        reason = f"{type(error.__context__ or error).__name__} {error.__context__ or error}"
         logging.getLogger(__name__).warning(
             "a forward pass cannot be recorded as a CUDA graph (%s): Paddle's operators go on one by one, slower",
-            " ".join(f"{type(first).__name__} {first}".split())[:200],
+            " ".join(reason.split())[:200],
         )
         return None

@@ -188,7 +188,14 @@ class Batch:
         Returns a list of (sequence, how many tokens it gained); those that are done have left. After an error or Ctrl-C
         in it the next step goes on as if nothing had been.
         """
-        return with_memory_released(self._step, only)
+        return with_memory_released(self._try_step, only)
+
+    def _try_step(self, only):
+        try:
+            return self._step(only)
+        except MemoryError:  # what CUDA graphs hold is not among what Paddle can release
+            self._forget_passes()
+            raise
 
     def _step(self, only):
         self._settle()
