@@ -32,6 +32,21 @@ def free_card_memory():
     return paddle.base.core.gpu_memory_available()
 
 
+def record_cuda_graph(function):
+    """What `function` launches on the card in use, recorded and not computed: a graph with replay() and reset()."""
+    import paddle
+    from paddle.device.cuda.graphs import CUDAGraph
+
+    graph = CUDAGraph(paddle.CUDAPlace(int(paddle.get_device().split(":")[1])))  # left out, it is the first card
+    paddle.device.synchronize()
+    graph.capture_begin()
+    try:
+        function()
+    finally:
+        graph.capture_end()
+    return graph
+
+
 def use_full_float32():
     """Let a card compute float32 convolutions and products in float32, not in TF32 with 10 bits of fraction."""
     import paddle

@@ -81,7 +81,10 @@ def test_compiles_for_an_older_card(tmp_path):
 @needs_nvcc
 @pytest.mark.parametrize(
     "source",
-    [f"{name}/{name}.cc" for name in ("few_rows_linear", "fused_ln", "nearest_codeword", "decoder_step")],
+    [
+        f"{name}/{name}.cc"
+        for name in ("few_rows_linear", "fused_ln", "nearest_codeword", "decoder_step", "pick_token")
+    ],
 )
 def test_paddle_side_compiles_with_cuda(source):
     """What a CUDA build of Paddle compiles, against this Paddle's headers; Python's part of them asks for cuBLAS's."""
@@ -283,6 +286,42 @@ def test_decoder_step(kernels, order, case, weights):
         assert np.abs(now[new] - right[new]).max() < 2 * rounding * np.abs(right[new]).max()
 
 
+def picked(logits, noise, top_k, scale, temperature):
+    """By a sort, each operation rounded to float32: ids [positions]."""
+    values = logits[0] if len(logits) == 1 else logits[1] + np.float32(scale) * (logits[0] - logits[1])
+    if noise is None:
+        return values.argmax(-1)
+    values = values / np.float32(temperature)
+    least = np.sort(values, axis=-1)[:, -top_k, None] if 0 < top_k < values.shape[1] else -np.inf
+    return np.where(values < least, -np.float32(np.inf), values + noise).argmax(-1)
+
+
+PICKS = [(1, 0, 5, 2), (1, 1, 1, 0), (2, 3, 5, 2), (1, 2, 1030, 1029), (2, 2, 5000, 7), (2, 1, 300, 1), (1, 1, 9000, 9)]
+
+
+@pytest.mark.parametrize("rows, positions, tokens, top_k", PICKS)
+@pytest.mark.parametrize("kind", ["equal ones", "any", "infinite"])
+def test_pick_token(kernels, order, rows, positions, tokens, top_k, kind):
+    """Of many equal logits, some at the top_k-th; of logits of all sizes and both signs; of which some are infinite."""
+    rng = np.random.default_rng(4)
+    logits = rng.standard_normal([rows, positions, tokens]).astype(np.float32)
+    if kind == "equal ones":
+        logits = np.round(4 * logits) / 4
+    elif kind == "any":
+        logits *= np.float32(10) ** rng.integers(-30, 30, logits.shape).astype(np.float32)
+    else:
+        logits[0, :, ::3] = -np.inf
+    noise = 100 * rng.standard_normal([positions, tokens]).astype(np.float32)  # each that is kept may win
+    cases = [(noise, 3.0, 0.7, 9), (None, 1.5, 2.0, 0), (np.round(noise), -1, 1.0, 2**40)]
+    for given, scale, temperature, first in cases:
+        ids = np.full(positions + 1, -7)
+        pointers = [None if a is None else ctypes.c_void_p(a.ctypes.data) for a in (logits, given, ids)]
+        sizes = map(ctypes.c_int64, (rows, positions, tokens, top_k))
+        numbers = map(ctypes.c_float, (scale, temperature))
+        assert kernels.emu3_pick_token(*pointers, *sizes, *numbers, ctypes.c_int64(first), None) == 0
+        assert ids.tolist() == [*(first + picked(logits, given, top_k, scale, temperature)).tolist(), -7]
+
+
 @pytest.fixture(scope="module")
 def torch_python():
     for python in (os.environ.get("PEER_PYTHON"), ROOT / ".venv-peer/bin/python", ROOT / ".venv-mini/bin/python"):
@@ -302,17 +341,19 @@ def check_with(torch_python, library, *arguments):
 
 def test_check_cuda_finds_nothing_wrong(kernels, torch_python):
     rows, wrong = check_with(torch_python, "ctypes.CDLL(sys.argv[1])", kernels._name)
-    assert wrong == [] and len(rows) == 17
+    assert wrong == [] and len(rows) == 18
     assert all(cases >= 14 and error < 1 for _, _, cases, error in rows)
 
 
 def test_check_cuda_finds_what_is_wrong(torch_python):
     """Of a library that says that all is well and computes nothing."""
-    names = ["emu3_norm_forward", "emu3_norm_backward", "emu3_nearest_codeword"]
+    names = ["norm_forward", "norm_backward", "nearest_codeword", "quantized_linear", "pick_token"]
+    names = [f"emu3_{name}" for name in names]
     idle = f"type('Idle', (), dict.fromkeys({names}, lambda *_: 0) | {{'emu3_norm_parts': lambda *_: 1}})"
     rows, wrong = check_with(torch_python, idle)
     assert all(error > 1 for *_, error in rows)
-    for words in ["2^40 rows: accepted", "y is inf times", "dscale is inf times", "not the first of equal ones"]:
+    for words in ["2^40 rows: accepted", "y is inf times", "dscale is inf times", "not the first of equal ones",
+                  "other tokens are picked with top_k=7"]:  # fmt: skip
         assert any(words in line for line in wrong), words
 
 

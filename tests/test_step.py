@@ -10,6 +10,8 @@ from test_generation import DATA, GRAMMAR, NEGATIVE, PROMPTS, unpadded
 
 from paddlemix import external_ops
 from paddlemix.models.emu3 import (
+    Answer,
+    Batch,
     Emu3ForCausalLM,
     attention,
     cache,
@@ -18,6 +20,7 @@ from paddlemix.models.emu3 import (
     generate_text,
     modeling_emu3,
 )
+from paddlemix.models.emu3.generation_emu3 import make_drawings
 from paddlemix.models.emu3.sampling import Sampling
 
 TO_HOST = ("numpy", "item", "tolist", "__array__", "__bool__", "__int__", "__float__", "__index__", "cpu")
@@ -122,6 +125,102 @@ def test_scaled_positions(language_dir, monkeypatch, scaling):
     with as_on_a_gpu(monkeypatch, recorder):
         assert list(generate_text(model, *how)) == expected
     assert recorder.replays
+
+
+@pytest.fixture
+def on_a_card(monkeypatch):
+    """Passes as on a card; `waits` is how often the host has waited for one."""
+    waits, numpy = [], paddle.Tensor.numpy
+    monkeypatch.setattr(paddle.Tensor, "numpy", lambda tensor: waits.append(tensor) or numpy(tensor))
+    with as_on_a_gpu(monkeypatch, lambda step, run: run(step)):
+        yield waits
+
+
+def drawings_of(sizes, **how):
+    count = len(sizes)
+    return make_drawings(PROMPTS[:count], sizes, GRAMMAR, NEGATIVE[:count], 3.0, Sampling(seed=5, top_k=0), **how)
+
+
+def drawn_on_a_cpu(model, sizes):
+    drawings = drawings_of(sizes)
+    batch = Batch(model, "step")
+    batch.join(*drawings)
+    while batch:
+        batch.step()
+    return [drawing.drawn().tolist() for drawing in drawings]
+
+
+@pytest.mark.parametrize("sizes, waits", [([(4, 5)], 4), ([(1, 1)], 1), ([(3, 1)], 3), ([(2, 3), (3, 7)], 5)], ids=str)
+def test_the_host_waits_once_a_row(language_model, sizes, waits, request):
+    """Of two pictures at each row's end of one of them: here after 3, 6 (the first is done), 7, 14 and 21 tokens."""
+    expected = drawn_on_a_cpu(language_model, sizes)
+    waited, drawings = request.getfixturevalue("on_a_card"), drawings_of(sizes)
+    batch, gained = Batch(language_model, "step"), dict.fromkeys(drawings, 0)
+    batch.join(*drawings)
+    while batch:
+        for drawing, tokens in batch.step():
+            gained[drawing] += tokens
+    assert [drawing.drawn().tolist() for drawing in drawings] == expected
+    assert list(gained.values()) == [drawing.tokens for drawing in drawings]
+    assert len(waited) == waits and batch.forward_passes == max(h * w for h, w in sizes)
+
+
+def test_cut_off_in_a_row(language_model, request, monkeypatch):
+    """Nothing of the row counts; the batch goes on, and so does another one with what was drawn."""
+    (expected,) = drawn_on_a_cpu(language_model, [(3, 5)])
+    request.getfixturevalue("on_a_card")
+    (drawing,), runs, run = drawings_of([(3, 5)]), [], decoding.Pass.run
+
+    def interrupted(step):
+        runs.append(step)
+        if len(runs) == 8:
+            raise KeyboardInterrupt
+        run(step)
+
+    batch = Batch(language_model, "step")
+    batch.join(drawing)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.Pass, "run", interrupted)
+        assert batch.step() == [(drawing, 5)]
+        with pytest.raises(KeyboardInterrupt):
+            batch.step()
+    assert drawing.drawn().tolist() == expected[:5]
+    (other,), another = drawings_of([(3, 5)], drawn=[drawing.drawn()]), Batch(language_model, "step")
+    another.join(other)
+    for each in batch, another:
+        while each:
+            each.step()
+    assert drawing.drawn().tolist() == other.drawn().tolist() == expected
+
+
+def test_one_joins_between_rows(language_model, request):
+    sizes = [(3, 5), (2, 3)]
+    expected = drawn_on_a_cpu(language_model, sizes)
+    request.getfixturevalue("on_a_card")
+    drawings, batch = drawings_of(sizes), Batch(language_model, "step")
+    batch.join(drawings[0])
+    batch.step()
+    batch.join(drawings[1])
+    while batch:
+        batch.step()
+    assert [drawing.drawn().tolist() for drawing in drawings] == expected
+
+
+def test_an_answer_beside_a_picture_is_looked_at_after_each_token(language_model, request):
+    prompt = unpadded(DATA["padded_ids"], DATA["padded_mask"])[0]
+    (alone,) = zip(*generate_text(language_model, [prompt], 9), strict=True)
+    (expected,) = drawn_on_a_cpu(language_model, [(3, 5)])
+    request.getfixturevalue("on_a_card")
+    (drawing,), answer = drawings_of([(3, 5)]), Answer(prompt, 9, language_model.config)
+    batch = Batch(language_model, "step")
+    batch.join(drawing, answer)
+    for i in range(9):
+        assert len(answer.ids) == i
+        batch.step()
+    assert answer.ids == list(alone) and answer.is_done
+    while batch:
+        batch.step()
+    assert drawing.drawn().tolist() == expected
 
 
 class Returned(cache.KVCache):

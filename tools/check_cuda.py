@@ -44,6 +44,9 @@ STEPS = [([3], 1, 1, 1, 16, 32, 48), ([270, 16], 1, 4, 1, 64, 48, 32), ([40], 17
 RELEASED = 32, 8, 128, 4096, 14336
 MORE_STEPS = [([4100, 3], 1, *RELEASED), ([4100, 700], 17, *RELEASED), ([300] * 16, 1, *RELEASED),
               ([8190], 64, *RELEASED)]  # fmt: skip
+PICKS = [(1, 1, 1, 0), (1, 2, 5, 2), (2, 1, 33, 1), (2, 3, 257, 7), (1, 1, 1025, 1000), (2, 2, 4097, 64),
+         (1, 1, 5000, 4999), (2, 1, 300, 0)]  # rows, positions, tokens, top_k
+MORE_PICKS = [(2, 1, 32768, 2048), (2, 16, 32768, 2048), (1, 1, 184622, 2048), (1, 8, 184622, 0)]  # the released sizes
 EPSILON = 1e-5
 MARGIN = 64  # values before and after each tensor
 
@@ -72,7 +75,7 @@ def main():
         print(f"a large copy moves {limit / 1e9:.0f} GB/s")
         rows, wrong = check(
             library, "cuda", NORM_SHAPES + MORE_NORM_SHAPES, CODEBOOKS + MORE_CODEBOOKS,
-            LINEAR_SHAPES + MORE_LINEAR_SHAPES, STEPS + MORE_STEPS,
+            LINEAR_SHAPES + MORE_LINEAR_SHAPES, STEPS + MORE_STEPS, PICKS + MORE_PICKS,
         )  # fmt: skip
         print(table(rows, times(library), limit))
     print(*wrong, sep="\n")
@@ -425,6 +428,47 @@ def check_step(library, device, lengths, news, heads, kv_heads, dim, hidden, inn
     return {name: error / (2 * ROUNDING[dtype]) for name, error in errors.items()}, wrong  # it rounds several times
 
 
+def pick_token(library, logits, noise, ids, top_k, scale, temperature, first):
+    """logits [rows, positions, tokens], noise [positions, tokens] or None, ids int64 [positions]"""
+    pointers = map(pointer, (logits, noise, ids))
+    sizes = map(ctypes.c_int64, (*logits.shape, top_k))
+    numbers = map(ctypes.c_float, (scale, temperature))
+    return library.emu3_pick_token(*pointers, *sizes, *numbers, ctypes.c_int64(first), stream(logits.device.type))
+
+
+def picked(logits, noise, top_k, scale, temperature):
+    """What pick_token.cuh's plain loop picks, each operation rounded to float32."""
+    values = logits[0] if len(logits) == 1 else logits[1] + scale * (logits[0] - logits[1])
+    if noise is not None:
+        values = values / torch.full_like(values, temperature)  # by a number PyTorch multiplies by its inverse
+        if 0 < top_k < values.shape[1]:
+            least = values.topk(top_k, dim=1).values.min(1, keepdim=True).values
+            values = torch.where(values < least, -float("inf"), values)
+        values = values + noise
+    tokens = torch.arange(values.shape[1], device=values.device)
+    is_largest = values == values.max(1, keepdim=True).values
+    return torch.where(is_largest, tokens, values.shape[1]).min(1).values  # the first of equal ones
+
+
+def check_pick(library, device, rows, positions, tokens, top_k, offset):
+    """As check_norm. Many logits are equal, and noise is large, so that each token that is kept may be picked."""
+    random = torch.Generator().manual_seed(tokens + top_k)
+    values = (torch.randn(rows, positions, tokens, generator=random) * 64).round() / 16
+    logits, around_logits = guarded(values, torch.float32, device, offset)
+    noise, around_noise = guarded(100 * torch.randn(positions, tokens, generator=random), torch.float32, device, offset)
+    whole = torch.full([positions + 2 * MARGIN], -7, dtype=torch.int64, device=device)
+    ids, wrong = whole[MARGIN : MARGIN + positions], []
+    for some_noise, k in ((noise, top_k), (None, top_k), (noise, 1), (noise, 0)):
+        error = pick_token(library, logits, some_noise, ids, k, 3.0, 0.7, 9)
+        wrong += [f"CUDA error {error}"] if error else []
+        if not bool((ids == 9 + picked(logits, some_noise, k, 3.0, 0.7)).all()):
+            wrong.append(f"other tokens are picked with top_k={k}{'' if some_noise is noise else ', without noise'}")
+    around = [whole[:MARGIN] == -7, whole[MARGIN + positions :] == -7]
+    if not (untouched(logits, around_logits) and untouched(noise, around_noise) and bool(torch.cat(around).all())):
+        wrong.append("something was written beside the ids")
+    return {"ids": float("inf") if wrong else 0.0}, wrong  # there is no rounding in them
+
+
 def check_refusals(library, device):
     """What the C functions must refuse: types that are none, sizes past those of a grid or an int, long latents."""
     one = torch.ones(1, 1, device=device)
@@ -439,6 +483,8 @@ def check_refusals(library, device):
         "3 bits": library.emu3_quantized_linear(2, 3, *[p] * 4, n, sixteen, n, stream(device)),
         "a step of nothing": decoder_step(library, DecoderStep(), device),
         "17 inputs": library.emu3_quantized_linear(2, 8, *[p] * 4, n, ctypes.c_int64(17), n, stream(device)),
+        "3 rows to pick from": pick_token(library, torch.ones(3, 1, 1, device=device), one, one, 0, 1, 1, 0),
+        "temperature 0": pick_token(library, torch.ones(1, 1, 1, device=device), one, one, 0, 1, 0, 0),
     }
     return [f"{name}: accepted" for name, code in calls.items() if code != 1]  # cudaErrorInvalidValue
 
@@ -447,7 +493,9 @@ def step_types(dtype, bits):
     return dtype if bits == 16 else f"{dtype}, int{bits}"
 
 
-def check(library, device, norm_shapes=NORM_SHAPES, codebooks=CODEBOOKS, linear_shapes=LINEAR_SHAPES, steps=STEPS):
+def check(
+    library, device, norm_shapes=NORM_SHAPES, codebooks=CODEBOOKS, linear_shapes=LINEAR_SHAPES, steps=STEPS, picks=PICKS
+):
     """([(kernel, types, cases, largest error as a share of what is allowed)], what is wrong in words)"""
     cases = {}
     for layer in (False, True):
@@ -470,6 +518,9 @@ def check(library, device, norm_shapes=NORM_SHAPES, codebooks=CODEBOOKS, linear_
         cases["decoder step", step_types(dtype, bits)] = [
             (f"{sizes} + {offset}", check_step, (*sizes, dtype, bits, offset)) for sizes in steps for offset in (0, 1)
         ]
+    cases["pick token", "float32"] = [
+        (f"{sizes} + {offset}", check_pick, (*sizes, offset)) for sizes in picks for offset in (0, 1)
+    ]
     rows, wrong = [], check_refusals(library, device)
     for (kernel, types), calls in cases.items():
         largest = 0.0
@@ -535,7 +586,23 @@ def times(library, rows=16384, cols=4096, positions=8100, size=32768, dim=4):
         found["decoder step", step_types(dtype, bits)] = [
             (f"a layer, {2 * new} tokens over 4,100 keys", *time_step(library, dtype, bits, new)) for new in (1, 17)
         ]
+    found["pick token", "float32"] = [
+        (f"{rows} x {positions} x {tokens}, top_k {k}", *time_pick(library, rows, positions, tokens, k))
+        for rows, positions, tokens, k in MORE_PICKS
+    ]
     return found
+
+
+def time_pick(library, rows, positions, tokens, top_k):
+    """(seconds, bytes that must be read); what PyTorch takes for its topk of the same sizes stands beside the table."""
+    logits = torch.randn(rows, positions, tokens, device="cuda")
+    noise, ids = torch.randn_like(logits[0]), torch.empty(positions, dtype=torch.int64, device="cuda")
+    took = seconds(lambda: pick_token(library, logits, noise, ids, top_k, 3.0, 0.7, 9))
+    if top_k:
+        torchs = seconds(lambda: logits[0].topk(top_k, dim=1, sorted=False))
+        sizes = f"{positions} x {tokens}, top_k {top_k}"
+        print(f"{sizes}: PyTorch's topk alone {1e6 * torchs:.0f} us, pick token with all of it {1e6 * took:.0f} us")
+    return took, logits.nbytes + noise.nbytes
 
 
 def time_quantized(library, dtype, bits, rows, out=14336, inputs=4096, copies=10):

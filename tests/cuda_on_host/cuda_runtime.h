@@ -138,6 +138,16 @@ inline float __uint_as_float(uint32_t bits) {
   return x;
 }
 
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float __fmul_rn(float x, float y) { return x * y; }
+
+inline void atomicAdd(int* to, int number) { *to += number; }
+
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
   const uint64_t bytes = uint64_t(high) << 32 | low;
   uint32_t out = 0;

@@ -20,6 +20,7 @@ from paddlemix.paddle_private import to_tensor
 from paddlemix.utils import InputError, whole_number, whole_numbers
 
 from .cache import cache_bytes
+from .cuda_graph import Replayed
 from .sequences import Answer
 
 DECODING = ("auto", "step", "jacobi")
@@ -27,6 +28,7 @@ WINDOW = 15  # tokens that a pass of "jacobi" guesses: twice as many save a tent
 # Rows of a product on a CPU that take at most about a quarter longer than two, by dtype of the weights; without the
 # compiled operators two take as long as one and four twice as long.
 CHEAP_ROWS = {"float32": 6, "bfloat16": 6, "int8": 4, "int4": 2}
+MOST_PASSES = 8  # that are kept for their shapes to come again; a CUDA graph holds the memory of its pass
 PROMPT_CHUNK = {"cpu": 512, "gpu": 4096}  # tokens of a prompt that are read at once, between the others' steps
 
 
@@ -94,13 +96,13 @@ class Batch:
             self.slots[sequence] = [next(slots) for _ in sequence.prompts]
             sequence.batch, sequence.cached, sequence.reused = self, 0, 0
         self.waiting.append(sequences)
-        self._passes.clear()
 
     def _length(self, sequence):
         return sequence.length + self.most  # a row may be filled up to another's new
 
     def _take(self, count, length):
         """Free slots. Where memory is short, kept prompts are given up for them, and then a cache of nobody."""
+        self._forget_passes()
         while True:
             try:
                 if self.cache is None:
@@ -130,7 +132,7 @@ class Batch:
             self._give_up_oldest()
         if not self.slots:
             self.cache = None
-            self._passes.clear()
+            self._forget_passes()
 
     def _give_up_oldest(self):
         slot = next(iter(self.kept))
@@ -149,7 +151,7 @@ class Batch:
             self.cache.free(slots)
         if sequence.batch is self:  # a finished sequence that is kept does not keep the cache
             sequence.batch = None
-        self._passes.clear()
+        self._forget_passes()
 
     def _keep(self, prompt, slot):
         """Keep a prompt that was read, where it has parts that no kept one has; whether it is kept."""
@@ -188,14 +190,22 @@ class Batch:
 
     @paddle.no_grad()
     def step(self, only=None):
-        """Read a part of the prompts that wait, and run one pass for all whose prompts are read.
+        """Read a part of the prompts that wait, and run one pass for all whose prompts are read. On a card, where
+        pictures are drawn token by token and nothing else waits, as many passes as there are to the end of a row.
 
         `only`: of these sequences; the others stay as they are. None is all.
 
         Returns a list of (sequence, how many tokens it gained); those that are done have left. After an error or Ctrl-C
         in it the next step goes on as if nothing had been.
         """
-        return with_memory_released(self._step, only)
+        return with_memory_released(self._try_step, only)
+
+    def _try_step(self, only):
+        try:
+            return self._step(only)
+        except MemoryError:  # what CUDA graphs hold is not among what Paddle can release
+            self._forget_passes()
+            raise
 
     def _step(self, only):
         self._settle()
@@ -273,29 +283,56 @@ class Batch:
         return groups
 
     def _run(self, group):
-        """One pass. Returns what `step` returns, of these sequences."""
+        """One pass, or several that the host need not look into. Returns what `step` returns, of these sequences."""
         rows = sum(len(sequence.prompts) for sequence in group)
         most = max(2, self.most // rows)
         window = min(choose_window(self.decoding, self.window, rows, self._cheap_rows()), most - 1)
         feeds = [sequence.feed(most, window) for sequence in group]
         new, rows = max(len(ids) for ids, _ in feeds), [slot for sequence in group for slot in self.slots[sequence]]
-        self._reserve(int(self.cache.lengths[rows if self.on_cpu else slice(None)].max()) + new)
         shape = tuple((sequence, len(ids), picked) for sequence, (ids, picked) in zip(group, feeds, strict=True))
-        if shape not in self._passes:
-            self._passes[shape] = Pass(self, shape, new)
-        picked = self._passes[shape]([ids for ids, _ in feeds])
-        self.forward_passes += any(count for _, _, count in shape)
-        gained, start = [], 0
-        for sequence, read, count in shape:
-            gained.append((sequence, sequence.accept(read, picked[start : start + count])))
-            start += count
-        return gained
+        shapes = [shape] + [tuple((sequence, 1, 1) for sequence in group)] * (self._steps(shape, window) - 1)
+        lengths = self.cache.lengths.copy()
+        end = int(lengths[rows].max()) + len(shapes) - 1
+        self._reserve(max(end, int(lengths[rows if self.on_cpu else slice(None)].max())) + new)
+        ids, picked = [ids for ids, _ in feeds], []
+        for ahead, shape in enumerate(shapes):
+            # used last: at the end
+            self._passes[shape] = self._passes.pop(shape, None) or Pass(self, shape, max(read for _, read, _ in shape))
+            self._forget_passes(MOST_PASSES)
+            ids = self._passes[shape](ids, lengths, ahead)
+            picked.append(ids if len(shapes) == 1 else ids.clone())  # another replay puts its own in that place
+            for sequence, read, _ in shape:
+                lengths[self.slots[sequence]] += read
+        return self._accept(shapes, picked)
+
+    def _steps(self, shape, window):
+        """Passes that can be launched one after the other, each fed on the device with what the one before has picked:
+        on a card, so that it waits for the host once a row of a picture. On a CPU there is nothing to wait for."""
+        if self.on_cpu or self.waiting or window or any(count != 1 for _, _, count in shape):
+            return 1
+        return min(sequence.steps_ahead for sequence, _, _ in shape)
+
+    def _accept(self, shapes, picked):
+        """Here the host waits for the device, once for all passes."""
+        gained, start = {sequence: 0 for sequence, _, _ in shapes[0]}, 0
+        picked = [] if picked[0] is None else (picked[0] if len(picked) == 1 else paddle.concat(picked)).numpy()
+        for shape in shapes:
+            self.forward_passes += any(count for _, _, count in shape)
+            for sequence, read, count in shape:
+                gained[sequence] += sequence.accept(read, picked[start : start + count])
+                start += count
+        return list(gained.items())
 
     def _reserve(self, length):
         if length > self.cache.capacity:
+            self._forget_passes()
             self.cache.reserve(length)
-            self._passes.clear()
             self._bound_kept()
+
+    def _forget_passes(self, most=0):
+        """All but those used last: where rows or the cache change, the addresses in them are no longer right."""
+        while len(self._passes) > most:
+            self._passes.pop(next(iter(self._passes))).replayed.reset()
 
     def _cheap_rows(self):
         """Rows that a pass takes at hardly more cost than one; None on a GPU, where a window is far from the limit."""
@@ -316,8 +353,8 @@ def choose_window(decoding, window, rows, cheap_rows):
 class Pass:
     """A forward pass of one shape: what changes from one to the next is in tensors of fixed shape and address.
 
-    So a CUDA graph of `run` could be replayed at each position, until a sequence comes or goes or the cache grows. On a
-    GPU all slots of the cache are its rows, so that no key is moved; on a CPU those of its sequences.
+    A CUDA graph of `run` is replayed at each position, until a sequence comes or goes or the cache grows. On a GPU all
+    slots of the cache are its rows, so that no key is moved; on a CPU those of its sequences.
 
     Args:
         batch: Batch.
@@ -338,22 +375,37 @@ class Pass:
         self.past = paddle.zeros([len(self.row_slots)], "int64")
         self.noise = [None] * len(shape)
         self.picked = None
+        owners = np.zeros(len(self.row_slots), np.int64)  # of each row which sequence's it is
+        for i, rows in enumerate(self.rows):
+            owners[rows] = i
+        self.owners = None if batch.on_cpu else upload(owners)
+        self.replayed = Replayed(all(s.sampling.can_be_recorded(picked) for s, _, picked in shape))
 
-    def __call__(self, feeds):
-        """feeds: the ids of each sequence -> what is picked, int64 [all], one sequence after the other"""
-        ids = np.zeros(self.ids.shape, np.int64)
-        for rows, feed in zip(self.rows, feeds, strict=True):
-            ids[rows, : len(feed)] = feed
-        self.ids.copy_(upload(ids), False)
-        self.past.copy_(upload(self.cache.lengths[self.row_slots]), False)
+    def __call__(self, ids, lengths, ahead=0):
+        """One pass; nothing waits for it.
+
+        ids: of each sequence those that it reads, or, on the device, the one that the pass before has picked for each.
+        lengths: int64 [slots], how many tokens are in the cache. ahead: passes that the sequences do not know of yet.
+
+        Returns what is picked, int64 [all], one sequence after the other, or None; in place for the next call.
+        """
+        if paddle.is_tensor(ids):
+            self.ids.copy_(ids.index_select(self.owners).unsqueeze(-1), False)
+        else:
+            padded = np.zeros(self.ids.shape, np.int64)
+            for rows, own in zip(self.rows, ids, strict=True):
+                padded[rows, : len(own)] = own
+            self.ids.copy_(upload(padded), False)
+        self.past.copy_(upload(lengths[self.row_slots]), False)
         picking = [i for i, (_, _, picked) in enumerate(self.shape) if picked]
-        for i, noise in zip(picking, at_once([self.shape[i][0].draws for i in picking]), strict=True):
+        draws = [functools.partial(self.shape[i][0].draws, ahead) for i in picking]
+        for i, noise in zip(picking, at_once(draws), strict=True):
             if noise is not None:
                 self.noise[i] = paddle.zeros(noise.shape) if self.noise[i] is None else self.noise[i]
                 self.noise[i].copy_(upload(noise), False)
-        self.run()
-        at_once([sequence.look_ahead for sequence, _, _ in self.shape])
-        return [] if self.picked is None else self.picked.numpy()
+        self.replayed(self.run)
+        at_once([functools.partial(sequence.look_ahead, ahead) for sequence, _, _ in self.shape])
+        return self.picked
 
     def run(self):
         hidden = self.model.model.step(self.ids, self.past, self.slots, self.cache)

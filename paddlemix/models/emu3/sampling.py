@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
+from paddlemix.external_ops.pick_token import guided, hidden, keep_top_k, pick_token
 from paddlemix.utils import InputError, real_number, whole_number
 
 # Logits are float32: times what is larger, or divided by what is smaller, several become infinite, and so equal.
@@ -55,17 +56,23 @@ class Sampling:
         """
         if self.is_greedy:
             return logits.argmax(axis=-1)
-        return (self._nucleus(self._top_k(logits / self.temperature)) + noise).argmax(axis=-1)
+        return (self._nucleus(keep_top_k(logits / self.temperature, self.top_k)) + noise).argmax(axis=-1)
+
+    def pick_guided(self, logits, noise, guidance_scale=1.0, offset=0):
+        """The same of logits float32 [rows, picked, tokens], of one row or of two (with the prompt, without it), and
+        noise float32 [picked, tokens], None if greedy -> int64 [picked], `offset` added."""
+        if self.is_greedy or self.top_p == 1.0:
+            return pick_token(logits, noise, guidance_scale, self.temperature, self.top_k, offset)
+        ids = self.pick(guided(logits, guidance_scale), noise)
+        return ids + offset if offset else ids
 
     @property
     def is_greedy(self):
         return self.top_k == 1
 
-    def _top_k(self, logits):
-        if not 0 < self.top_k < logits.shape[-1]:
-            return logits
-        least = logits.topk(self.top_k, axis=-1, sorted=False)[0].min(axis=-1, keepdim=True)
-        return _hidden(logits < least, logits)
+    def can_be_recorded(self, rows):
+        """Whether a CUDA graph can hold `pick` of so many rows: Paddle's sort of a single one waits for the card."""
+        return self.is_greedy or self.top_p == 1.0 or rows != 1
 
     def _nucleus(self, logits):
         """Keep the likeliest tokens that together reach top_p (Holtzman et al., arXiv 1904.09751)."""
@@ -75,12 +82,7 @@ class Sampling:
         probabilities = paddle.nn.functional.softmax(ordered, axis=-1)
         before = probabilities.cumsum(axis=-1) - probabilities
         least = paddle.where(before < self.top_p, ordered, math.inf).min(axis=-1, keepdim=True)
-        return _hidden(logits < least, logits)
-
-
-def _hidden(where, logits):
-    """Logits, minus infinity at these. An operator makes that number: what paddle.where makes of it is never freed."""
-    return paddle.where(where, paddle.full([], -math.inf, logits.dtype), logits)
+        return hidden(logits < least, logits)
 
 
 GREEDY = Sampling(top_k=1)

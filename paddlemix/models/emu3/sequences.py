@@ -109,24 +109,26 @@ class Drawing:
         self.window = max(0, min(window, len(self.ids) - 1 - stop, most - (stop - self.cached)))
         return self.ids[self.cached : stop + self.window], 1 + self.window
 
-    def draws(self):
-        """Noise float32 [picked, tokens] for the positions that the pass picks; None where none is needed."""
-        start = self._next() - 1
+    @property
+    def steps_ahead(self):
+        """Passes of one token each, the next one first, before a token is forced."""
+        is_forced = self.forced[self._next() :] >= 0
+        return int(is_forced.argmax()) if is_forced.any() else len(is_forced)
+
+    def draws(self, ahead=0):
+        """Noise float32 [picked, tokens] for the positions that the pass picks; None where none is needed. `ahead`:
+        passes of one token each that come before and are not accepted yet."""
+        start = self._next() - 1 + ahead
         return self.noise(start, start + 1 + self.window)
 
-    def look_ahead(self):
+    def look_ahead(self, ahead=0):
         """Make the noise of the next pass, while this one is computed."""
-        start = self._next() - 1
+        start = self._next() - 1 + ahead
         self.noise.make(start, min(start + 2 + 2 * self.window, len(self.ids) - 1))
 
     def pick(self, logits, noise):
         """Logits float32 [rows, picked, tokens] -> ids int64 [picked]"""
-        if len(logits) > 1:
-            conditional, unconditional = logits[0], logits[1]
-            logits = unconditional + self.guidance_scale * (conditional - unconditional)
-        else:
-            logits = logits[0]
-        return self.sampling.pick(logits, noise) + self.grammar.first_visual
+        return self.sampling.pick_guided(logits, noise, self.guidance_scale, self.grammar.first_visual)
 
     def accept(self, read, picked):
         """Take what a pass picked, int64 [picked], after it read so many ids. Returns how many tokens were gained."""
@@ -201,14 +203,16 @@ class Answer:
         ids = [self.prompts[0][-1], *self.ids][self.cached :]
         return np.array(ids[:most]), int(len(ids) <= most)
 
-    def draws(self):
-        return self.noise(len(self.ids), len(self.ids) + 1)
+    steps_ahead = 1  # whether the answer ends is seen after each token
 
-    def look_ahead(self):
-        self.noise.make(len(self.ids), len(self.ids) + 2)
+    def draws(self, ahead=0):
+        return self.noise(len(self.ids) + ahead, len(self.ids) + ahead + 1)
+
+    def look_ahead(self, ahead=0):
+        self.noise.make(len(self.ids) + ahead, len(self.ids) + ahead + 2)
 
     def pick(self, logits, noise):
-        return self.sampling.pick(logits[0], noise)
+        return self.sampling.pick_guided(logits, noise)
 
     def accept(self, read, picked):
         if len(picked):

@@ -1,0 +1,127 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Picking a token: with Paddle's operators, and what decides whether the CUDA kernel does it. The kernel itself is in
+test_cuda_kernels.py; no card is here, and what Paddle says of one stands in."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+
+from paddlemix.external_ops import pick_token as module
+from paddlemix.external_ops.pick_token import pick_token
+from paddlemix.utils import InputError
+
+
+def given(rows, positions=3, tokens=50, seed=0):
+    rng = np.random.default_rng(seed)
+    logits = (np.round(8 * rng.standard_normal([rows, positions, tokens])) / 4).astype(np.float32)  # some are equal
+    return logits, (20 * rng.standard_normal([positions, tokens])).astype(np.float32)
+
+
+def expected(logits, noise, scale, temperature, top_k, offset):
+    """By a loop over positions."""
+    ids = []
+    for p in range(logits.shape[1]):
+        values = logits[0, p] if len(logits) == 1 else logits[1, p] + np.float32(scale) * (logits[0, p] - logits[1, p])
+        if noise is not None:
+            values = values / np.float32(temperature)
+            least = sorted(values)[-top_k] if 0 < top_k < len(values) else -np.inf
+            values = np.array([v + n if v >= least else -np.inf for v, n in zip(values, noise[p], strict=True)])
+        ids.append(offset + int(values.argmax()))
+    return ids
+
+
+def as_on_a_card(tensor):
+    return SimpleNamespace(is_cpu_place=lambda: False, is_gpu_place=lambda: True, gpu_device_id=lambda: 0)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card whose kernel computes as Paddle's operators do; none was looked at before."""
+    found = SimpleNamespace(emu3_ops_cuda=None, warnings=[], calls=[])
+
+    def kernel(*arguments):
+        found.calls.append(arguments[0].shape)
+        return module._with_paddle(*arguments)
+
+    found.pick_token = kernel
+    monkeypatch.setattr(paddle.Tensor, "place", property(as_on_a_card))
+    monkeypatch.setattr(paddle, "CUDAPlace", lambda number: paddle.CPUPlace())
+    monkeypatch.setattr(module, "operators", lambda: found)
+    log = module.logging.getLogger(module.__name__)
+    monkeypatch.setattr(log, "warning", lambda text, *values: found.warnings.append(text % values))
+    module.pick_fault.cache_clear()
+    yield found
+    module.pick_fault.cache_clear()
+
+
+SETTINGS = [(3.0, 0.7, 7, 9), (1.5, 1.0, 0, 0), (-1.0, 4.0, 49, 2**40), (0.0, 1.0, 50, 1), (2.0, 0.3, 1, 0)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_with_paddle(rows, settings):
+    logits, noise = given(rows)
+    for some in (noise, None):
+        ids = pick_token(paddle.to_tensor(logits), None if some is None else paddle.to_tensor(some), *settings)
+        assert ids.dtype == paddle.int64 and ids.tolist() == expected(logits, some, *settings)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_on_a_card_with_paddle(card, settings):
+    """Without the kernel the top_k-th largest logit is looked for row by row, with the same result."""
+    del card.emu3_ops_cuda
+    logits, noise = given(2)
+    tensors = paddle.to_tensor(logits), paddle.to_tensor(noise)
+    assert pick_token(*tensors, *settings).tolist() == expected(logits, noise, *settings)
+    assert "CUDA operators are not built, `make ops`" in module.pick_fault(0) and card.warnings == []
+
+
+def test_a_right_kernel_is_used(card):
+    """After one comparison, of guidance and none, of noise and none, with and without top-k."""
+    logits, noise = map(paddle.to_tensor, given(2))
+    for _ in range(3):
+        pick_token(logits, noise, 3.0, 1.0, 5, 2)
+    assert card.calls == [list(case[:3]) for case in module.COMPARED] + 3 * [[2, 3, 50]] and card.warnings == []
+
+
+@pytest.mark.parametrize("change", [{"top_k": 1}, {"top_k": -1}, {"offset": 1}, {"guidance_scale": 0.1}, {"first": 1}])
+def test_a_wrong_kernel_is_not_used(card, change):
+    """One that keeps a token too many or too few, or takes the last of equal ones."""
+
+    def wrong(logits, noise, scale, temperature, top_k, offset):
+        card.calls.append(logits.shape)
+        top_k += change.get("top_k", 0) if top_k else 0
+        if change.get("first") and noise is None:
+            return logits.shape[2] - 1 - module._with_paddle(logits.flip(2), None, scale, temperature, top_k, -offset)
+        scale, offset = scale + change.get("guidance_scale", 0), offset + change.get("offset", 0)
+        return module._with_paddle(logits, noise, scale, temperature, top_k, offset)
+
+    card.pick_token = wrong
+    logits, noise = given(2)
+    ids = pick_token(paddle.to_tensor(logits), paddle.to_tensor(noise), 3.0, 1.0, 5, 2)
+    assert ids.tolist() == expected(logits, noise, 3.0, 1.0, 5, 2)
+    assert len(card.calls) <= len(module.COMPARED)
+    (words,) = card.warnings
+    assert "picks other tokens" in words and "Paddle's operators are used" in words
+
+
+def test_a_kernel_that_fails_is_not_used(card):
+    def not_compiled(*_):
+        raise OSError("(External) CUDA error(209), no kernel image is available for execution on the device.\n[more]")
+
+    card.pick_token = not_compiled
+    logits, noise = given(1)
+    for _ in range(2):
+        ids = pick_token(paddle.to_tensor(logits), paddle.to_tensor(noise), top_k=5)
+        assert ids.tolist() == expected(logits, noise, 1, 1, 5, 0)
+    (words,) = card.warnings
+    assert "fails on this card ((External) CUDA error(209)" in words
+
+
+@pytest.mark.parametrize("shapes", [([3, 2, 5], [2, 5]), ([2, 5], [2, 5]), ([1, 2, 5], [1, 5]), ([2, 2, 5], [2, 2, 5])])
+def test_what_is_refused(shapes):
+    logits, noise = map(paddle.zeros, shapes)
+    with pytest.raises(InputError, match=r"logits must be \[1 or 2, positions, tokens\] and noise"):
+        pick_token(logits, noise)
