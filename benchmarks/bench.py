@@ -29,6 +29,7 @@ COMMANDS = {
     "released": "the released language model's size: loading and forward passes",
     "quality": "what bfloat16, int8 and int4 weights cost: Emu3-Mini beside itself in float32",
     "serving": "many clients at once: throughput and latency of the service's engine",
+    "speculation": "windows of guesses on a CPU: the tokens that they gain, and what larger forward passes cost",
     "loading": "peak memory and time of loading a checkpoint",
 }
 

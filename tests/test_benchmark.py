@@ -158,7 +158,7 @@ def test_a_measurement_is_a_process_of_its_own(tmp_path):
 def test_commands(monkeypatch, capsys):
     run = bench.parse(["operators", "--parts", "linear", "--no_peer"])
     assert (run.command, run.parts, run.small) == ("operators", ["linear"], False)
-    assert set(bench.COMMANDS) == {"compare", "operators", "released", "quality", "serving", "loading"}
+    assert set(bench.COMMANDS) == {"compare", "operators", "released", "quality", "serving", "speculation", "loading"}
     monkeypatch.setenv("PEER_PYTHON", "/nowhere/python")
     with pytest.raises(SystemExit):
         bench.parse(["compare"])

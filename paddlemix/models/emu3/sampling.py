@@ -55,7 +55,11 @@ class Sampling:
         """
         if self.is_greedy:
             return logits.argmax(axis=-1)
-        return (self._nucleus(self._top_k(logits / self.temperature)) + noise).argmax(axis=-1)
+        return (self.top_logits(logits) + noise).argmax(axis=-1)
+
+    def top_logits(self, logits):
+        """Logits over the temperature; minus infinity where top-k or top-p leaves a token out."""
+        return self._nucleus(self._top_k(logits / self.temperature))
 
     @property
     def is_greedy(self):
