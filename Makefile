@@ -44,7 +44,7 @@ help:
 	@echo "make lint   ruff only"
 	@echo "make venv   .venv with all that is needed; the others make it themselves; .venv/bin/emu3 lists the commands"
 	@echo "make bench  side by side with transformers, into benchmarks/RESULTS.md; BENCH=--quick takes minutes, not an hour;"
-	@echo "            BENCH=operators, released, quality, serving or loading are the other benchmarks, BENCH=--help lists them"
+	@echo "            BENCH=operators, released, quality, serving, speculation or loading are the other benchmarks, BENCH=--help lists them"
 	@echo "make clean  remove all of that"
 	@echo
 	@echo "PYTHON=...  the Python to use: 3.10, 3.11 or 3.12"

@@ -129,8 +129,9 @@ def early_exits(model, requests, expected, guidance, temperature):
     for used in range(1, len(layers) + 1):
         model.model.layers, right, entropies = nn.LayerList(layers[:used]), [], []
         for drawing, codes in zip(make(requests, guidance, temperature), expected, strict=True):
-            ids = np.array(grammar.encode(codes)[len(grammar.head(*codes.shape)) : -2])
-            drawn, logits = np.flatnonzero(ids != grammar.eol), []
+            ids, logits = grammar.forced_ids([codes.shape])[0], []
+            drawn = np.flatnonzero(ids < 0)
+            ids[drawn] = codes.ravel() + grammar.first_visual
             for prompt in drawing.prompts:
                 with paddle.no_grad():
                     hidden = model.model(paddle.to_tensor([[*prompt, *ids[:-1].tolist()]]))[0, len(prompt) - 1 :]

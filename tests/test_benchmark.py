@@ -25,6 +25,7 @@ import ours
 import quality
 import random_checkpoints
 import released
+import speculation
 import summary
 from page import Page
 
@@ -289,6 +290,33 @@ def test_time_of_reading_is_not_that_of_passes(tmp_path, monkeypatch):
     embedding = 2 * math.prod(model.model.embed_tokens.weight.shape)
     assert clock.result(40) == {"prompt_s": 5.0, "pass_s": 1.0, "read_bytes_per_s": embedding / 2}
     assert now[0] == 5.0 + 39.0 + 3 * 7.0
+
+
+# --- speculation -----------------------------------------------------------------------------------------
+
+
+def test_guesses_that_are_measured_draw_the_same_pictures(language_model):
+    from guesses import GUESSES
+    from test_generation import GRAMMAR, NEGATIVE, PROMPTS
+
+    requests = [(PROMPTS[0], (3, 5), GRAMMAR, NEGATIVE[0]), (PROMPTS[1], (4, 3), GRAMMAR, NEGATIVE[1])]
+    expected = speculation.draw(language_model, requests, 3.0, 1.0)
+    assert [passes for _, passes in expected] == [3 * 5, 4 * 3]
+    for guess in GUESSES:
+        for window in (1, 6):
+            for (codes, passes), (other, most) in zip(
+                speculation.draw(language_model, requests, 3.0, 1.0, guess, window), expected, strict=True
+            ):
+                np.testing.assert_array_equal(codes, other)
+                assert passes <= most
+    codes = [codes for codes, _ in expected]
+    entropy, *shares = speculation.early_exits(language_model, requests, codes, 3.0, 1.0)
+    assert len(shares) == len(language_model.model.layers) and shares[-1] == "100%"
+    assert 0 < float(entropy.split()[0]) <= 8  # of 256 tokens
+
+
+def test_the_row_of_costs():
+    assert speculation.cost_row("int8", {"2": 0.02, "4": 0.03}) == ["int8", "20 ms, 1.00", "30 ms, 1.50"]
 
 
 # --- the operators ---------------------------------------------------------------------------------------

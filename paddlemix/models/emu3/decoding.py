@@ -24,6 +24,7 @@ from .sequences import Answer
 from .windows import COSTS, WITHOUT_OPERATORS, choose_window
 
 DECODING = ("auto", "step", "jacobi")
+MOST_PASSES = 16  # whose tensors are kept on a CPU: windows that come and go make many shapes
 PROMPT_CHUNK = {"cpu": 512, "gpu": 4096}  # tokens of a prompt that are read at once, between the others' steps
 
 
@@ -38,7 +39,8 @@ class Batch:
         model: Emu3ForCausalLM.
         decoding: "step" draws a token a pass. "jacobi" (Teng et al., arXiv 2410.01699) gives each pass guesses of the
             `window` next tokens as well, and keeps those that prove to be the ones drawn: the same picture in fewer,
-            larger passes. "auto" chooses the faster one for the device and the number of rows.
+            larger passes. "auto" guesses as many as pay for the device, the dtype, the number of rows, and this picture
+            so far (windows.py).
         window: of "jacobi"; None for a good one.
         prefix_tokens: keep the prompts of answers that left in so many tokens of the cache, those that were used last:
             a prompt that begins as one of them, or as one that is here, reads only the rest. Parts of a prompt that
@@ -270,6 +272,8 @@ class Batch:
         self._reserve(int(self.cache.lengths[rows if self.on_cpu else slice(None)].max()) + new)
         shape = tuple((sequence, len(ids), picked) for sequence, (ids, picked) in zip(group, feeds, strict=True))
         if shape not in self._passes:
+            if self.on_cpu and len(self._passes) == MOST_PASSES:
+                self._passes.clear()
             self._passes[shape] = Pass(self, shape, new)
         picked = self._passes[shape]([ids for ids, _ in feeds])
         self.forward_passes += any(count for _, _, count in shape)
