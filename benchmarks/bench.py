@@ -30,6 +30,7 @@ COMMANDS = {
     "quality": "what bfloat16, int8 and int4 weights cost: Emu3-Mini beside itself in float32",
     "prompts": "beside llama.cpp: long prompts, and decoding of one row to eight",
     "serving": "many clients at once: throughput and latency of the service's engine",
+    "speculation": "windows of guesses on a CPU: the tokens that they gain, and what larger forward passes cost",
     "loading": "peak memory and time of loading a checkpoint",
 }
 PEERS = {"peer": "transformers and PyTorch", "llama": "llama.cpp"}  # of a command with HAS_PEER or HAS_LLAMA

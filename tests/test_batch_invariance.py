@@ -104,6 +104,7 @@ def test_a_request_is_the_same_bits_whatever_else_runs(model):
     for seed in range(3):
         assert run(model, [one() for one in make], seed=seed) == alone
     assert run(model, [one() for one in make * 5]) == alone * 5
+    assert run(model, [one() for one in make], "auto") == [run(model, [one()], "auto")[0] for one in make] == alone
     for window in (1, 3, 15):
         assert run(model, [one() for one in make], "jacobi", window) == alone
         assert [run(model, [one()], "jacobi", window)[0] for one in make] == alone

@@ -26,6 +26,7 @@ import prompts
 import quality
 import random_checkpoints
 import released
+import speculation
 import summary
 from page import Page
 from peer import llama
@@ -160,7 +161,8 @@ def test_a_measurement_is_a_process_of_its_own(tmp_path):
 def test_commands(monkeypatch, capsys):
     run = bench.parse(["operators", "--parts", "linear", "--no_peer"])
     assert (run.command, run.parts, run.small) == ("operators", ["linear"], False)
-    assert set(bench.COMMANDS) == {"compare", "operators", "released", "quality", "prompts", "serving", "loading"}
+    assert set(bench.COMMANDS) == {"compare", "operators", "released", "quality", "prompts", "serving", "speculation",
+                                   "loading"}
     assert bench.parse(["prompts", "--llama_python", sys.executable]).no_llama is False
     monkeypatch.setenv("PEER_PYTHON", "/nowhere/python")
     with pytest.raises(SystemExit):
@@ -371,6 +373,33 @@ def test_the_table_beside_llama(tmp_path, monkeypatch):
     assert prompts.lines("int8", {"ours": [{"modes": {"": {"prompts": {"8": 2.0}, "steps": {}}}}]}) == [
         ["a prompt of 8 tokens", "int8, Q8_0", "4.0", "-", "-", "-"]
     ]
+
+
+# --- speculation -----------------------------------------------------------------------------------------
+
+
+def test_guesses_that_are_measured_draw_the_same_pictures(language_model):
+    from guesses import GUESSES
+    from test_generation import GRAMMAR, NEGATIVE, PROMPTS
+
+    requests = [(PROMPTS[0], (3, 5), GRAMMAR, NEGATIVE[0]), (PROMPTS[1], (4, 3), GRAMMAR, NEGATIVE[1])]
+    expected = speculation.draw(language_model, requests, 3.0, 1.0)
+    assert [passes for _, passes in expected] == [3 * 5, 4 * 3]
+    for guess in GUESSES:
+        for window in (1, 6):
+            for (codes, passes), (other, most) in zip(
+                speculation.draw(language_model, requests, 3.0, 1.0, guess, window), expected, strict=True
+            ):
+                np.testing.assert_array_equal(codes, other)
+                assert passes <= most
+    codes = [codes for codes, _ in expected]
+    entropy, *shares = speculation.early_exits(language_model, requests, codes, 3.0, 1.0)
+    assert len(shares) == len(language_model.model.layers) and shares[-1] == "100%"
+    assert 0 < float(entropy.split()[0]) <= 8  # of 256 tokens
+
+
+def test_the_row_of_costs():
+    assert speculation.cost_row("int8", {"2": 0.02, "4": 0.03}) == ["int8", "20 ms, 1.00", "30 ms, 1.50"]
 
 
 # --- the operators ---------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Pictures and answers: the original's tokens, sampling, and pieces for PaddleNLP's own loop."""
 
+import contextlib
+
 import numpy as np
 import paddle
 import pytest
@@ -8,7 +10,8 @@ from conftest import golden
 from paddlenlp.generation import MaxLengthCriteria, StoppingCriteriaList
 from paddlenlp.generation.logits_process import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
-from paddlemix.models.emu3 import ImageGrammar, decoding, generate_images, generate_text
+from paddlemix.external_ops import without_operators
+from paddlemix.models.emu3 import ImageGrammar, generate_images, generate_text, windows
 from paddlemix.models.emu3.decoding import Batch
 from paddlemix.models.emu3.generation_emu3 import make_drawings
 from paddlemix.models.emu3.sampling import Sampling
@@ -53,7 +56,7 @@ def decode(model, drawings, decoding="auto", window=None, passes=10**6):
 def test_golden_guided_pictures(language_model):
     """Two pictures of different sizes in one batch, prompts of different lengths."""
     drawings = make_drawings(PROMPTS, SIZES, GRAMMAR, NEGATIVE, 3.0, GREEDY)
-    gained, passes = decode(language_model, drawings)
+    gained, passes = decode(language_model, drawings, "step")
     for drawing, expected in zip(drawings, golden_codes(), strict=True):
         np.testing.assert_array_equal(drawing.codes(), expected)
     assert sum(gained) == sum(GRAMMAR.num_tokens(h, w) for h, w in SIZES)
@@ -128,16 +131,72 @@ def test_jacobi_draws_the_same_pictures(language_model, sizes, window, guidance_
     assert passes < 0.7 * step.forward_passes
 
 
-@pytest.mark.parametrize(
-    ("rows", "cheap_rows", "window"), [(1, 2, 2), (2, 2, 0), (1, 6, 6), (2, 6, 3), (4, 6, 0), (2, 4, 2), (2, None, 15)]
-)
-def test_auto_chooses_by_device_and_rows(rows, cheap_rows, window):
-    assert decoding.choose_window("auto", None, rows, cheap_rows) == window
-    assert decoding.choose_window("step", None, rows, cheap_rows) == 0
-    assert decoding.choose_window("jacobi", 5, rows, cheap_rows) == 5
+def test_auto_takes_the_window_that_promises_most(monkeypatch):
+    """Tokens of a pass over its time, by tables that are simple to follow."""
+    monkeypatch.setattr(windows, "GAINS", [1, 1.5, 1.75, 2, 2.4, 2.6, 4])
+    monkeypatch.setattr(windows, "ROWS", [2, 4, 8, 32, 64])
+    flat, linear = [1, 1, 1.25, 4, 8], [1, 2, 4, 16, 32]
+    for rows, costs, luck, expected in [
+        (1, flat, 1, 5),  # 2.4 / 1.125, where 3 gives 2 / 1 and 7 gives 2.6 / 1.25
+        (2, flat, 1, 3),  # 2 / 1.25, where 1 gives 1.5 / 1
+        (2, flat, 0.5, 1),  # 1.25 / 1, where 3 gives 1.5 / 1.25
+        (2, flat, 0.08, 0),  # 1.04 / 1 is not worth it
+        (4, flat, 1, 1),  # 1.5 / 1.25
+        (4, flat, 0.5, 0),  # 1.25 / 1.25
+        (16, flat, 1, 0),
+        (2, flat, 0, 0),
+        (1, linear, 1, 1),  # one row takes as long as two
+        (2, linear, 1, 0),
+        (2, linear, 2.5, 1),  # 2.25 / 2, where 2 gives 2.875 / 3
+    ]:
+        assert windows.choose_window("auto", None, rows, costs, luck) == expected, (rows, luck)
+        assert windows.choose_window("step", None, rows, costs, luck) == 0
+        assert windows.choose_window("jacobi", 5, rows, costs, luck) == 5
+        assert windows.choose_window("jacobi", None, rows, costs, luck) == 15
+    assert windows.choose_window("auto", None, 2, None) == 15
 
 
-@pytest.mark.parametrize("how", ["step", "jacobi"])
+def test_the_measured_tables_are_whole():
+    assert len(windows.WINDOWS) == len(windows.GAINS)
+    for costs in (*windows.COSTS.values(), windows.WITHOUT_OPERATORS):
+        assert len(costs) == len(windows.ROWS) and sorted(costs) == list(costs) and costs[0] == 1
+        chosen = [windows.choose_window("auto", None, rows, costs) for rows in (1, 2, 4, 8, 16, 32)]
+        assert chosen == sorted(chosen, reverse=True) and chosen[0] > 0 == chosen[-1]
+    assert list(windows.GAINS) == sorted(windows.GAINS) and windows.GAINS[0] == 1
+
+
+@pytest.mark.parametrize("operators", [True, False])
+@pytest.mark.parametrize("guidance_scale", [3.0, 1])
+def test_auto_draws_the_same_pictures(language_model, guidance_scale, operators):
+    """Windows come and go with the luck of the guesses: hot noise makes most of them right, cold logits wrong."""
+    with contextlib.nullcontext() if operators else without_operators():
+        for seed, settings in enumerate([{}, {"top_k": 1}, {"temperature": 100, "top_k": 0}]):
+            for sizes in ([(6, 7)], [(3, 5), (6, 3)]):
+                prompts, negative = PROMPTS[: len(sizes)], NEGATIVE[: len(sizes)]
+                how = prompts, sizes, GRAMMAR, negative, guidance_scale, Sampling(seed=seed, **settings)
+                step = generate_images(language_model, *how, decoding="step")
+                drawings = make_drawings(*how)
+                gained, passes = decode(language_model, drawings, "auto")
+                for drawing, expected in zip(drawings, step.codes, strict=True):
+                    np.testing.assert_array_equal(drawing.codes(), expected)
+                assert sum(gained) == sum(GRAMMAR.num_tokens(h, w) for h, w in sizes)
+                assert passes <= step.forward_passes
+
+
+def test_a_picture_learns_how_often_it_guesses_right():
+    """Whether it guesses or not."""
+    for window in (0, 1, 3):
+        [wrong], [right] = (make_drawings(PROMPTS[:1], [(9, 50)], GRAMMAR, None, 1, GREEDY) for _ in range(2))
+        for drawing, same in ((wrong, False), (right, True)):
+            for i in range(40):
+                _, count = drawing.feed(10**6, window)
+                drawing.accept(1, 256 + (0 * np.arange(count) if same else (np.arange(count) + i * 7) % 200 + 1))
+        assert wrong.luck < 0.4 < 2 < right.luck
+        again = windows.choose_window("auto", None, 2, windows.COSTS["float32"], right.luck)
+        assert windows.choose_window("auto", None, 2, windows.COSTS["int8"], wrong.luck) == 0 < again
+
+
+@pytest.mark.parametrize("how", ["step", "jacobi", "auto"])
 @pytest.mark.parametrize("sizes", [[(4, 3)], [(3, 5), (4, 3)], [(3, 4)] * 2])
 def test_a_drawing_that_was_cut_off_goes_on_to_the_same_pictures(language_model, sizes, how):
     count = len(sizes)

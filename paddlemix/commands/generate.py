@@ -39,8 +39,8 @@ def parser(prog=None):
         default="auto",
         choices=["auto", "step", "jacobi"],
         help="step: sequential decoding, one token a forward pass; jacobi: several guessed tokens a forward pass, and "
-        "only those that step would draw are accepted, so the picture is the same; auto: jacobi on a GPU, and for one "
-        "picture on a CPU with the compiled operators or without guidance, else step",
+        "only those that step would draw are accepted, so the picture is the same; auto: jacobi on a GPU, and on a "
+        "CPU as many guesses as pay for the dtype, the number of pictures, and the picture so far",
     )
     parser.add_argument("--preview", metavar="FILE", help="write the picture so far to this PNG, every few rows")
     parser.add_argument(

@@ -22,12 +22,9 @@ from paddlemix.utils import InputError, whole_number, whole_numbers
 from .cache import cache_bytes
 from .cuda_graph import Replayed
 from .sequences import Answer
+from .windows import COSTS, WITHOUT_OPERATORS, choose_window
 
 DECODING = ("auto", "step", "jacobi")
-WINDOW = 15  # tokens that a pass of "jacobi" guesses: twice as many save a tenth of the passes more
-# Rows of a product on a CPU that take at most about a quarter longer than two, by dtype of the weights; without the
-# compiled operators two take as long as one and four twice as long.
-CHEAP_ROWS = {"float32": 6, "bfloat16": 6, "int8": 4, "int4": 2}
 MOST_PASSES = 8  # that are kept for their shapes to come again; a CUDA graph holds the memory of its pass
 PROMPT_CHUNK = {"cpu": 512, "gpu": 4096}  # tokens of a prompt that are read at once, between the others' steps
 
@@ -43,7 +40,8 @@ class Batch:
         model: Emu3ForCausalLM.
         decoding: "step" draws a token a pass. "jacobi" (Teng et al., arXiv 2410.01699) gives each pass guesses of the
             `window` next tokens as well, and keeps those that prove to be the ones drawn: the same picture in fewer,
-            larger passes. "auto" chooses the faster one for the device and the number of rows.
+            larger passes. "auto" guesses as many as pay for the device, the dtype, the number of rows, and this picture
+            so far (windows.py).
         window: of "jacobi"; None for a good one.
         prefix_tokens: keep the prompts of answers that left in so many tokens of the cache, those that were used last:
             a prompt that begins as one of them, or as one that is here, reads only the rest: from the last chunk, or
@@ -286,7 +284,7 @@ class Batch:
         """One pass, or several that the host need not look into. Returns what `step` returns, of these sequences."""
         rows = sum(len(sequence.prompts) for sequence in group)
         most = max(2, self.most // rows)
-        window = min(choose_window(self.decoding, self.window, rows, self._cheap_rows()), most - 1)
+        window = min(self._window(group, rows), most - 1)
         feeds = [sequence.feed(most, window) for sequence in group]
         new, rows = max(len(ids) for ids, _ in feeds), [slot for sequence in group for slot in self.slots[sequence]]
         shape = tuple((sequence, len(ids), picked) for sequence, (ids, picked) in zip(group, feeds, strict=True))
@@ -334,20 +332,11 @@ class Batch:
         while len(self._passes) > most:
             self._passes.pop(next(iter(self._passes))).replayed.reset()
 
-    def _cheap_rows(self):
-        """Rows that a pass takes at hardly more cost than one; None on a GPU, where a window is far from the limit."""
-        if not self.on_cpu:
-            return None
-        return CHEAP_ROWS.get(self.model.weight_dtype, 2) if operators() else 2
-
-
-def choose_window(decoding, window, rows, cheap_rows):
-    """How many tokens a pass guesses; 0 is step by step."""
-    if decoding == "step":
-        return 0
-    if decoding == "auto" and cheap_rows:
-        return cheap_rows // rows if cheap_rows >= 2 * rows else 0
-    return window or WINDOW
+    def _window(self, group, rows):
+        """How many tokens a pass of this group guesses. On a GPU a window is far from what a pass takes for nothing."""
+        costs = COSTS.get(self.model.weight_dtype, WITHOUT_OPERATORS) if operators() else WITHOUT_OPERATORS
+        luck = sum(sequence.luck for sequence in group) / len(group)
+        return choose_window(self.decoding, self.window, rows, costs if self.on_cpu else None, luck)
 
 
 class Pass:

@@ -56,7 +56,7 @@ class Sampling:
         """
         if self.is_greedy:
             return logits.argmax(axis=-1)
-        return (self._nucleus(keep_top_k(logits / self.temperature, self.top_k)) + noise).argmax(axis=-1)
+        return (self.top_logits(logits) + noise).argmax(axis=-1)
 
     def pick_guided(self, logits, noise, guidance_scale=1.0, offset=0):
         """The same of logits float32 [rows, picked, tokens], of one row or of two (with the prompt, without it), and
@@ -65,6 +65,10 @@ class Sampling:
             return pick_token(logits, noise, guidance_scale, self.temperature, self.top_k, offset)
         ids = self.pick(guided(logits, guidance_scale), noise)
         return ids + offset if offset else ids
+
+    def top_logits(self, logits):
+        """Logits over the temperature; minus infinity where top-k or top-p leaves a token out."""
+        return self._nucleus(keep_top_k(logits / self.temperature, self.top_k))
 
     @property
     def is_greedy(self):

@@ -10,8 +10,10 @@ import numpy as np
 from paddlemix.utils import InputError, shown, whole_number, whole_numbers
 
 from .sampling import GREEDY, Noise, Sampling, check_guidance_scale
+from .windows import expected_gain
 
 MOST_CODES = 1 << 24  # of a picture, more than any memory holds the keys and values of
+PASSES_REMEMBERED = 32  # that a picture's luck with its guesses is a running mean of
 
 
 class Drawing:
@@ -70,6 +72,7 @@ class Drawing:
             self.ids[1 : self.known] = drawn
         self.length = max(map(len, self.prompts)) - 1 + len(self.ids)
         self.window = 0
+        self.luck = 1.0  # what its passes give beside what windows.py expects, which never changes a token
 
     @property
     def tokens(self):
@@ -139,14 +142,21 @@ class Drawing:
         span = slice(start, start + len(picked))
         sampled, picked = picked, np.where(self.forced[span] < 0, picked, self.forced[span])
         # a token counts where all the guesses before it were right
-        right = 1 + int((picked[:-1] == self.ids[span][:-1]).cumprod().sum())
+        is_right = picked == self.ids[span]
+        right = 1 + int(is_right[:-1].cumprod().sum())
+        self._learn(int((self.forced[start : start + right] < 0).sum()) if self.window else 1 + int(is_right[0]))
         self.ids[span] = picked
-        if self.window:  # what comes new into the next window: more of the same is the best first guess
-            new = slice(span.stop, span.stop + right + 1)
-            self.ids[new] = np.where(self.forced[new] < 0, sampled[-1], self.forced[new])
+        # what comes new into the next window: no first guess that was tried is better than more of the same
+        new = slice(span.stop, span.stop + right + 1)
+        self.ids[new] = np.where(self.forced[new] < 0, sampled[-1], self.forced[new])
         self.known = start + right  # before `cached`: whoever breaks this off may go on
         self.cached = self.known - 1
         return self.gained - before
+
+    def _learn(self, drawn):
+        """Tokens that a pass drew; where it guessed none, those that it would have drawn with a guess of one."""
+        share = (drawn - 1) / (expected_gain(max(1, self.window), 1) - 1)
+        self.luck += (share - self.luck) / PASSES_REMEMBERED
 
     def _next(self):
         """The place of the next token to draw; the number of ids where there is none."""
@@ -180,6 +190,8 @@ class Answer:
     `ids` are its tokens up to now, without the end of sequence, `reused` how many of its prompt's tokens the batch had
     read for another sequence.
     """
+
+    luck = 0  # a pass gives one token
 
     def __init__(self, prompt, max_new_tokens, config, sampling=GREEDY, number=0):
         prompt = _without_padding(prompt, config.pad_token_id)
