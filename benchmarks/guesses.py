@@ -22,7 +22,8 @@ class Guessing(Drawing):
 
     def pick(self, logits, noise):
         self.passes += 1
-        for place, row in enumerate(guided(logits, self.guidance_scale).numpy() / self.sampling.temperature, self._next()):
+        rows = guided(logits, self.guidance_scale).numpy() / self.sampling.temperature
+        for place, row in enumerate(rows, self._next()):
             if self.forced[place] < 0:
                 self.logits[place] = row
         return super().pick(logits, noise)
