@@ -73,12 +73,13 @@ needs_operators = pytest.mark.skipif(not COMPILED, reason="the operators are not
 
 
 @needs_operators
-@pytest.mark.parametrize("asked, most", [("plain", 0), ("avx2", 1), ("avx512", 2), (None, 3)])
+@pytest.mark.parametrize("asked, most", [("plain", 0), ("avx2", 1), ("avx512", 3), (None, 4)])
 def test_vectors(monkeypatch, asked, most):
     monkeypatch.delenv("EMU3_OPS_SIMD", raising=False)
     best = external_ops.VECTORS.index(external_ops.vectors())
     if asked:
         monkeypatch.setenv("EMU3_OPS_SIMD", asked)
+    most = 1 if asked == "avx512" and best == 2 else most  # AVX-VNNI, which multiplies whole numbers
     assert external_ops.vectors() == external_ops.VECTORS[min(best, most)]
 
 

@@ -1,6 +1,9 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The linear layer for few and for many rows against float64, with float32, 16, 8 and 4 bit weights."""
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import ml_dtypes
@@ -34,7 +37,7 @@ def how(request, monkeypatch):
 
 def as_multiplied(x, kind, how):
     """x [rows, in] as float64, rounded as the linear layer says it does beside weights of this kind."""
-    best = how == "best" and vectors() == "AVX-512 VNNI"
+    best = how == "best" and vectors() in ("AVX-512 VNNI", "AVX-VNNI")
     if best and kind == "bfloat16" and len(x) > module.FEW_ROWS and HAS_BFLOAT16:
         return x.astype(ml_dtypes.bfloat16).astype(np.float64)
     if not best or kind not in ("int8", "int4"):
@@ -136,6 +139,19 @@ def test_infinity_and_nan(how, kind, rows):
     assert not np.isfinite(y[:2]).any()
     assert np.isnan(y[1]).all()
     assert np.allclose(y[2:], numbers.sum(1), atol=1e-4)
+
+
+def test_avx_vnni_computes_as_avx_512_vnni(tmp_path):
+    """On a processor of the latter, which has the same products with vectors of AVX2 too, in another encoding."""
+    compiler, source = shutil.which(os.environ.get("CXX") or "g++"), Path(__file__).parent / "avx_vnni.cc"
+    if vectors() != "AVX-512 VNNI" or compiler is None:
+        pytest.skip("AVX-512 VNNI and a compiler are needed")
+    options = ["-O0", "-std=c++17", "-fopenmp", '-DSIMD_VEX=""', "-I", str(Path(module.__file__).parents[1])]
+    subprocess.run([compiler, *options, str(source), "-o", str(tmp_path / "program")], check=True)
+    lines = subprocess.run([tmp_path / "program"], capture_output=True, text=True, check=True).stdout.splitlines()
+    found = {tuple(line.split()[:2]): float(line.split()[2]) for line in lines}
+    assert {kind for kind, _ in found} == {"int8", "int4"} and {rows for _, rows in found} == {"1", "5", "70"}
+    assert all(error < 1e-6 if int(rows) <= module.FEW_ROWS else error == 0 for (_, rows), error in found.items())
 
 
 def assert_rounded(codes, numbers, largest):

@@ -8,8 +8,8 @@ first: those that join the work of others (decoder_step) and those of the vision
 (winograd_conv, spatial_norm).
 
 In the environment, EMU3_OPS=0 leaves the compiled operators out (1: takes them), and EMU3_OPS_SIMD=plain, avx2 or
-avx512 keeps them from better instructions (avx512: from AVX-512 VNNI; best: from none), for tests. Other values are an
-InputError when this package is imported.
+avx512 keeps them from better instructions (all three from products of integers; best: from none), for tests. Other
+values are an InputError when this package is imported.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ OPERATORS = (
     "decoder_step", "winograd_conv", "spatial_norm", "pick_token",
 )  # fmt: skip
 VERSION = 4  # of what the operators take, as in info.cc
-VECTORS = ("plain", "AVX2", "AVX-512", "AVX-512 VNNI")  # as simd.h's Level
+VECTORS = ("plain", "AVX2", "AVX-VNNI", "AVX-512", "AVX-512 VNNI")  # as simd.h's Level
 
 SETTINGS = {"EMU3_OPS": ("0", "1"), "EMU3_OPS_SIMD": ("plain", "avx2", "avx512", "best")}
 for _name, _values in SETTINGS.items():

@@ -24,23 +24,23 @@ struct float16 {
   uint16_t bits;
 };
 
-enum Level { PLAIN, AVX2, AVX512, VNNI };
+enum Level { PLAIN, AVX2, AVX_VNNI, AVX512, VNNI };
 
-// The best that this processor has; no more than what EMU3_OPS_SIMD names: "plain", "avx2", or "avx512" (without VNNI).
+// The best that this processor has; no more than what EMU3_OPS_SIMD names: "plain", "avx2", or "avx512". These three
+// have no products of whole numbers.
 inline Level level() {
 #if defined(__x86_64__)
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  const Level best = vnni ? VNNI : avx512 ? AVX512 : avx2 ? AVX2 : PLAIN;
+  static const bool avx_vnni = avx2 && __builtin_cpu_supports("avxvnni");
   const char* asked = std::getenv("EMU3_OPS_SIMD");
-  if (!asked) return best;
-  const Level most = !std::strcmp(asked, "plain")    ? PLAIN
-                     : !std::strcmp(asked, "avx2")   ? AVX2
-                     : !std::strcmp(asked, "avx512") ? AVX512
-                                                     : VNNI;
-  return best < most ? best : most;
+  const auto is = [&](const char* name) { return asked && !std::strcmp(asked, name); };
+  if (is("plain") || !avx2) return PLAIN;
+  if (is("avx2")) return AVX2;
+  if (is("avx512")) return avx512 ? AVX512 : AVX2;
+  return vnni ? VNNI : avx512 ? AVX512 : avx_vnni ? AVX_VNNI : AVX2;
 #else
   return PLAIN;
 #endif
@@ -261,7 +261,7 @@ SIMD_INLINE void load(const uint8_t* p, nibbles n, floats& low, floats& high) {
 // The function of the namespace that fits this processor.
 #if defined(__x86_64__)
 #define SIMD_CHOOSE(...)                                                                               \
-  (simd::level() >= simd::AVX512 ? avx512::__VA_ARGS__ : simd::level() == simd::AVX2 ? avx2::__VA_ARGS__ : plain::__VA_ARGS__)
+  (simd::level() >= simd::AVX512 ? avx512::__VA_ARGS__ : simd::level() >= simd::AVX2 ? avx2::__VA_ARGS__ : plain::__VA_ARGS__)
 #else
 #define SIMD_CHOOSE(...) plain::__VA_ARGS__
 #endif

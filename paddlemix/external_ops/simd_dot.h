@@ -1,6 +1,6 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
 // The units that some x86-64 processors multiply at once, for packed products (simd_units.h): pairs of bfloat16
-// (AVX-512 BF16), pairs of 16-bit and fours of 8-bit whole numbers (AVX-512 VNNI). simd.h includes it.
+// (AVX-512 BF16), pairs of 16-bit and fours of 8-bit whole numbers (AVX-512 VNNI, AVX-VNNI). simd.h includes it.
 #pragma once
 
 #if defined(__x86_64__)
@@ -12,19 +12,27 @@
 
 namespace simd {
 
+// Whole numbers by vectors of 512 bits. GCC 12 copies registers around the intrinsics of these products.
 #define SIMD_INLINE SIMD_VNNI inline __attribute__((always_inline))
-namespace whole {  // what both kinds of whole numbers share
+namespace whole {
 using avx512::fill, avx512::floats, avx512::fma, avx512::load, avx512::PACKED_ROWS, avx512::PACKED_VECTORS, avx512::store,
-    avx512::WIDTH;
+    avx512::sum4, avx512::WIDTH;
 using units = __m512i;
 using totals = __m512i;
-SIMD_INLINE units load_units(const uint32_t* p) { return _mm512_loadu_si512(p); }
+constexpr int STREAM_ROWS = 3;  // of few rows times four outputs: sums and totals that the registers hold
+SIMD_INLINE units load_units(const void* p) { return _mm512_loadu_si512(p); }
 SIMD_INLINE units fill_units(uint32_t x) { return _mm512_set1_epi32(x); }
+SIMD_INLINE totals in_one(int32_t x) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(x)); }  // the others are 0
+SIMD_INLINE floats to_floats(totals x) { return _mm512_cvtepi32_ps(x); }
+SIMD_INLINE units widen_bytes(const uint8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+SIMD_INLINE units nibbles_of(units bytes, bool high) {
+  return _mm512_and_si512(high ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+}
 }  // namespace whole
 namespace whole16 {
 using namespace whole;
 SIMD_INLINE totals multiply(units w, units x, totals total) {
-  asm("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(w), "v"(x));  // GCC 12 copies registers around its intrinsic
+  asm("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(w), "v"(x));
   return total;
 }
 }  // namespace whole16
@@ -35,6 +43,42 @@ SIMD_INLINE totals multiply(units w, units x, totals total) {
   return total;
 }
 }  // namespace whole8
+#undef SIMD_INLINE
+
+// The same by vectors of 256 bits. A test takes the prefix away: AVX-512 VNNI knows these products too, in its own code.
+#ifndef SIMD_VEX
+#define SIMD_VEX "%{vex%} "
+#endif
+#define SIMD_INLINE SIMD_AVX2 inline __attribute__((always_inline))
+namespace vex {
+using avx2::fill, avx2::floats, avx2::fma, avx2::load, avx2::PACKED_ROWS, avx2::PACKED_VECTORS, avx2::store, avx2::sum4,
+    avx2::WIDTH;
+using units = __m256i;
+using totals = __m256i;
+constexpr int STREAM_ROWS = 1;
+SIMD_INLINE units load_units(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+SIMD_INLINE units fill_units(uint32_t x) { return _mm256_set1_epi32(x); }
+SIMD_INLINE totals in_one(int32_t x) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(x)); }
+SIMD_INLINE floats to_floats(totals x) { return _mm256_cvtepi32_ps(x); }
+SIMD_INLINE units widen_bytes(const uint8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+SIMD_INLINE units nibbles_of(units bytes, bool high) {
+  return _mm256_and_si256(high ? _mm256_srli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(15));
+}
+}  // namespace vex
+namespace vex16 {
+using namespace vex;
+SIMD_INLINE totals multiply(units w, units x, totals total) {
+  asm(SIMD_VEX "vpdpwssd %2, %1, %0" : "+x"(total) : "x"(w), "x"(x));
+  return total;
+}
+}  // namespace vex16
+namespace vex8 {
+using namespace vex;
+SIMD_INLINE totals multiply(units w, units x, totals total) {
+  asm(SIMD_VEX "vpdpbusd %2, %1, %0" : "+x"(total) : "x"(w), "x"(x));
+  return total;
+}
+}  // namespace vex8
 #undef SIMD_INLINE
 
 #define SIMD_INLINE SIMD_BFLOAT inline __attribute__((always_inline))
@@ -78,6 +122,14 @@ SIMD_BFLOAT inline void column_units(const bfloat16* from, int64_t stride, int r
 #include "simd_units.h"
 #undef SIMD
 #define SIMD whole8
+#include "simd_units.h"
+#undef SIMD
+#undef SIMD_TARGET
+#define SIMD_TARGET SIMD_AVX2
+#define SIMD vex16
+#include "simd_units.h"
+#undef SIMD
+#define SIMD vex8
 #include "simd_units.h"
 #undef SIMD
 #undef SIMD_TARGET

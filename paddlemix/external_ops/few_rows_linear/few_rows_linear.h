@@ -47,7 +47,28 @@ constexpr int PANEL_COLUMNS = 1024;  // inputs of a panel of weights, which is f
 #include "../simd_each.h"
 #undef SIMD_KERNELS
 
+#if defined(__x86_64__)
+#define SIMD_TARGET SIMD_VNNI
+#define SIMD_FLOATS avx512
+#define SIMD16 whole16
+#define SIMD8 whole8
 #include "whole.h"
+#undef SIMD_TARGET
+#undef SIMD_FLOATS
+#undef SIMD16
+#undef SIMD8
+#define SIMD_TARGET SIMD_AVX2
+#define SIMD_FLOATS avx2
+#define SIMD16 vex16
+#define SIMD8 vex8
+#include "whole.h"
+#undef SIMD_TARGET
+#undef SIMD_FLOATS
+#undef SIMD16
+#undef SIMD8
+#endif
+
+#include "bfloat.h"
 
 namespace few_rows_linear {
 
@@ -58,12 +79,17 @@ void linear(const Problem& p) {
   const int64_t piece = std::min<int64_t>(64, (p.out / (2 * omp_get_max_threads()) + 3) / 4 * 4 + 4);
   const bool few = p.rows <= FEW_ROWS;
 #if defined(__x86_64__)
+  const auto level = simd::level();
   if constexpr (std::is_same<T, simd::bfloat16>::value)
     if (!few && simd::has_bfloat16()) return bfloat::many_rows<T>(p);
-  if constexpr (std::is_same<T, int8_t>::value)
-    if (simd::level() == simd::VNNI) return few ? whole16::few_rows(p, piece) : whole16::many_rows<T>(p);
-  if constexpr (std::is_same<T, uint8_t>::value)
-    if (simd::level() == simd::VNNI) return few ? whole8::few_rows(p, piece) : whole8::many_rows<T>(p);
+  if constexpr (std::is_same<T, int8_t>::value) {
+    if (level == simd::VNNI) return few ? whole16::few_rows(p, piece) : whole16::many_rows<T>(p);
+    if (level == simd::AVX_VNNI) return few ? vex16::few_rows(p, piece) : vex16::many_rows<T>(p);
+  }
+  if constexpr (std::is_same<T, uint8_t>::value) {
+    if (level == simd::VNNI) return few ? whole8::few_rows(p, piece) : whole8::many_rows<T>(p);
+    if (level == simd::AVX_VNNI) return few ? vex8::few_rows(p, piece) : vex8::many_rows<T>(p);
+  }
 #endif
   if (!few) return SIMD_CHOOSE(many_rows<T>)(p);
   const auto outputs = SIMD_CHOOSE(stream_outputs<T>);

@@ -142,6 +142,26 @@ SIMD_TARGET inline float largest(const float* x, int64_t count) {
   return simd::bit_cast<float>(most);
 }
 
+// x of a row, for whole.h: as `T`, int8_t or int16_t up to `most`, with a scale for each group; groups are filled up with 0.
+template <class T>
+SIMD_TARGET void round_row(const Problem& p, int64_t row, int most, uint32_t* units, PackedRows& to) {
+  T* out = (T*)units;
+  for (int64_t g = 0; g < p.groups(); ++g, out += GROUP) {
+    const int64_t count = std::min<int64_t>(GROUP, p.in - g * GROUP), at = row * p.groups() + g;
+    float x[GROUP] = {};
+    std::memcpy(x, p.x + row * p.in + g * GROUP, count * sizeof(float));
+    const float size = std::max(SIMD::largest(x, GROUP), TINY), inverse = most / size;
+    to.scale[at] = std::isfinite(size) ? size / most : NAN;
+    int32_t sum = 0;
+    for (int i = 0; i < GROUP; ++i) {
+      const int32_t whole = (int32_t)__builtin_rintf(x[i] * inverse);
+      out[i] = whole;
+      sum += whole;
+    }
+    to.start[at] = sizeof(T) == 1 ? -8 * sum : 0;
+  }
+}
+
 // The integer nearest to x times `inverse`, of halves the even one: as Paddle rounds.
 SIMD_TARGET inline __attribute__((always_inline)) int nearest(float x, float inverse) {
   return (int)__builtin_rintf(x * inverse);

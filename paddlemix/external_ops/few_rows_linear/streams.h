@@ -1,5 +1,5 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// Few rows by whole numbers; whole.h includes it for both kinds. The plain loop:
+// Few rows by whole numbers; whole.h includes it for each kind. The plain loop:
 //
 //   for each row r and output o:
 //     y[r][o] = 0
@@ -12,7 +12,7 @@
 namespace few_rows_linear {
 namespace SIMD {
 
-constexpr int STREAM_ROWS = 3, STREAM_OUTS = 4;  // whose sums and totals the registers hold
+constexpr int STREAM_OUTS = 4;
 
 // Adds a group to the sums of O outputs from o on and R rows. Each of the outputs has its bytes `stride` after the last.
 template <int R, int O>
@@ -22,12 +22,12 @@ SIMD_TARGET inline __attribute__((always_inline)) void stream_group(const Proble
   const uint32_t* from = &x.units[row * x.width + g * GROUP_UNITS];
   totals total[R][O];
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < O; ++i) total[r][i] = begin_total(x, (row + r) * x.groups + g);
+    for (int i = 0; i < O; ++i) total[r][i] = in_one(x.start[(row + r) * x.groups + g]);
   for (int s = 0; s < GROUP_UNITS / WIDTH; ++s) {
     units wide[O];
     for (int i = 0; i < O; ++i) {
       wide[i] = stream_units(w + i * stride, s);
-      if (s % 2 == 0) __builtin_prefetch(w + (O + i) * stride + s / 2 * 64, 0, 2);  // the next tile's
+      if (s * WIDTH % 32 == 0) __builtin_prefetch(w + (O + i) * stride + s * WIDTH * 2, 0, 2);  // the next tile's
     }
     for (int r = 0; r < R; ++r) {
       const units one = load_units(from + r * x.width + s * WIDTH);
@@ -36,7 +36,7 @@ SIMD_TARGET inline __attribute__((always_inline)) void stream_group(const Proble
   }
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < O; ++i)
-      sums[r][i] = fma(_mm512_cvtepi32_ps(total[r][i]), fill(group_scale(p, x, o + i, row + r, g)), sums[r][i]);
+      sums[r][i] = fma(to_floats(total[r][i]), fill(group_scale(p, x, o + i, row + r, g)), sums[r][i]);
 }
 
 // Outputs o to o + O of R rows from `row` on.
@@ -56,7 +56,11 @@ SIMD_TARGET void stream_tile(const Problem& p, const PackedRows& x, int64_t row,
     stream_group(p, x, part[0], GROUP_BYTES, row, o, whole, sums);
   }
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < O; ++i) p.y[(row + r) * p.out + o + i] = end_sum(p, o + i, _mm512_reduce_add_ps(sums[r][i]));
+    for (int i = 0; i < O; ++i) {
+      float sum[4];
+      sum4(sums[r][i], sums[r][i], sums[r][i], sums[r][i], sum);
+      p.y[(row + r) * p.out + o + i] = end_sum(p, o + i, sum[0]);
+    }
 }
 
 template <int R>
