@@ -3,7 +3,8 @@
 
 As a program: `measure.py SIDE MODULE.FUNCTION ARGUMENTS` calls the function with the side's module and the arguments,
 a JSON object, and prints what it returns as JSON, with the versions. A side is a module that knows a framework: `ours`
-in this project's environment, or `peer.theirs` in the peer's, where nothing of Paddle can be imported.
+in this project's environment, or `peer.theirs` and `peer.llama` in those of the peers, where nothing of Paddle can be
+imported.
 """
 
 import importlib
@@ -24,7 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools/mini")]
 
 from paddlemix.machine import peak_host_memory
 
-PEER = "peer.theirs"
+PEER, LLAMA = "peer.theirs", "peer.llama"
+PYTHONS = {PEER: "peer_python", LLAMA: "llama_python"}  # the options that name them
 
 
 def threads():
@@ -46,8 +48,8 @@ def best_rate(amount, function, repeats=5):
 
 def call(args, side, function, environment=(), **arguments):
     """Call "module.function" of a side in a process of its own; the dict that it returns, with "versions"."""
-    print(f"  {side.split('.')[0]}: {function} ...", end=" ", flush=True)
-    python = args.peer_python.absolute() if side == PEER else sys.executable
+    print(f"  {side.rpartition('.')[2]}: {function} ...", end=" ", flush=True)
+    python = getattr(args, PYTHONS[side]).absolute() if side in PYTHONS else sys.executable
     command = [python, HERE / "measure.py", side, function, json.dumps(arguments, default=str)]
     return json.loads(run(command, **dict(environment)).splitlines()[-1])
 
