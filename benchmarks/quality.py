@@ -7,11 +7,14 @@ are right word for word, and images that show what their prompts say.
 """
 
 import math
+import os
+from pathlib import Path
 
 import numpy as np
+import text_model
 from evaluate import NUMBERS, held_out_scenes, measure_answers, measure_drawings, percent
 from machine import describe
-from measure import call
+from measure import ROOT, call
 from PIL import Image
 from tqdm import tqdm
 from world import caption, render
@@ -28,9 +31,15 @@ def add_arguments(parser):
                         "scenes and questions")  # fmt: skip
     parser.add_argument("--guidance_scale", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=100, help="of scenes, captions and sampling")
+    parser.add_argument("--text_model", type=Path, metavar="FILE.gguf", help="measure this model instead")
+    python = Path(os.environ.get("LLAMA_PYTHON") or ROOT / ".venv-llama/bin/python")
+    parser.add_argument("--llama_python", type=Path, default=python, help="for it, a Python with llama.cpp and gguf")
 
 
 def run(args, page):
+    if args.text_model:
+        yield from text_model.run(args, page)
+        return
     names = ("model_path", "vq_model_path", "count", "guidance_scale", "seed")
     given = {name: getattr(args, name) for name in names} | ({"count": 1} if args.small else {})
     r = call(args, "ours", "quality.measure", **given)

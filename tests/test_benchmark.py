@@ -28,6 +28,7 @@ import random_checkpoints
 import released
 import speculation
 import summary
+import text_model
 from page import Page
 from peer import llama
 
@@ -249,6 +250,55 @@ def test_real_scenes_are_read_as_they_are_drawn():
         logits = model(paddle.to_tensor([ids[: start + 3]])).logits[0, -1].numpy()
     first = processor.grammar.first_visual
     assert likeliest[3] == logits[first : first + processor.grammar.codebook_size].argmax()
+
+
+def test_weights_of_a_gguf_file_are_ours():
+    """The names are those of a released layer; a head's rows, neighbours where llama.cpp rotates them, are halves."""
+    layer = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+    names = ["token_embd", "output_norm", "output", *(f"blk.{i}.{part}" for i in range(32) for part in layer)]
+    assert {text_model.renamed(f"{name}.weight") for name in names} == golden("layout-Emu3-8B.json").keys()
+    weight = np.arange(2 * 6 * 3).reshape(12, 3)  # two heads of six rows
+    expected = weight[[0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]]
+    assert (text_model.in_halves(weight, 2) == expected).all()
+
+
+def test_text_of_the_documentation():
+    markdown = "# A title\n\nA paragraph with `code`.\n\n```sh\nrun | this\n```\n| a | table |\n|---|---|\n- an item\n"
+    assert text_model.prose(markdown) == "# A title\n\nA paragraph with `code`.\n\n- an item\n"
+    assert text_model.prose("<p>\n![a plot](plot.svg)\n[![badge](x)](y)\n图像。\n") == "图像。\n"
+    assert sum(len(text) > 4 * text_model.PIECE for text in text_model.texts()) >= 8
+
+
+def test_a_text_model_is_measured(tmp_path):
+    """The unpacked files as a checkpoint; its perplexity is that of the model's own loss."""
+    import paddle
+
+    from paddlemix.models.emu3 import Emu3ForCausalLM
+
+    config = text_model.config_of({
+        "llama.vocab_size": 120, "llama.embedding_length": 32, "llama.feed_forward_length": 48, "llama.block_count": 1,
+        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.context_length": 64,
+        "llama.rope.freq_base": 1e5, "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    })  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with paddle.LazyGuard():
+        shapes = {name: t.shape for name, t in Emu3ForCausalLM(Emu3Config(**config)).state_dict().items()}
+    tensors = {name: random_checkpoints.random_tensor(name, "float32", shape) for name, shape in shapes.items()}
+    np.savez(tmp_path / "weights.npz", **tensors)
+    text_model.write_checkpoint(tmp_path)
+    pieces = np.random.default_rng(0).integers(0, 120, [2, 70])
+    (tmp_path / "pieces.json").write_text(json.dumps(pieces.tolist()))
+    model, ids = Emu3ForCausalLM.from_pretrained(tmp_path), paddle.to_tensor(pieces)
+    with paddle.no_grad():
+        logits, loss = model(ids).logits.numpy(), float(model(ids, labels=ids).loss)
+    np.save(tmp_path / "logits.npy", logits[0])
+    found = text_model.measure(ours, tmp_path)
+    assert found["tokens"] == 140 and text_model.check(**found["check"])[0]
+    _, *cells = found["rows"]["float32"]
+    assert cells[:2] == ["100.0 %", "0.00000"] and float(cells[2]) == pytest.approx(math.exp(loss), rel=1e-3)
+    assert 0 < float(found["rows"]["int8"][2]) < float(found["rows"]["int4"][2])
+    np.save(tmp_path / "logits.npy", logits[1])
+    assert text_model.check(**text_model.measure(ours, tmp_path)["check"])[1].startswith("**NOT EQUAL**")
 
 
 def test_bytes_of_a_quantized_pass(tmp_path):

@@ -5,6 +5,12 @@
 #include "../dtypes.h"
 #include "cache_rows.h"
 
+namespace cached_attention {
+template void attention<float>(const Problem&);
+template void attention<simd::bfloat16>(const Problem&);
+template void attention<simd::float16>(const Problem&);
+}  // namespace cached_attention
+
 namespace {
 
 using paddle::DataType;

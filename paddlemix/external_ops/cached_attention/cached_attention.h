@@ -138,4 +138,9 @@ void attention(const Problem& p) {
   });
 }
 
+// In cached_attention.cc, once for all that use them.
+extern template void attention<float>(const Problem&);
+extern template void attention<simd::bfloat16>(const Problem&);
+extern template void attention<simd::float16>(const Problem&);
+
 }  // namespace cached_attention

@@ -5,6 +5,13 @@
 #include "../dtypes.h"
 #include "few_rows_linear_cuda.h"
 
+namespace few_rows_linear {
+template void linear<float>(const Problem&);
+template void linear<simd::bfloat16>(const Problem&);
+template void linear<int8_t>(const Problem&);
+template void linear<uint8_t>(const Problem&);
+}  // namespace few_rows_linear
+
 namespace {
 
 using paddle::DataType;

@@ -96,6 +96,12 @@ void linear(const Problem& p) {
   in_parallel(p.out, piece, p.rows * p.in * p.out, [&](int64_t begin, int64_t end) { outputs(p, begin, end); });
 }
 
+// In few_rows_linear.cc, once for all that use them.
+extern template void linear<float>(const Problem&);
+extern template void linear<simd::bfloat16>(const Problem&);
+extern template void linear<int8_t>(const Problem&);
+extern template void linear<uint8_t>(const Problem&);
+
 // T: float, simd::bfloat16 or simd::float16. codes and scale as Problem's weight and scale.
 template <class T>
 void quantize(const void* weight, int64_t out, int64_t in, int bits, void* codes, float* scale) {
