@@ -115,7 +115,7 @@ def test_a_step_and_a_picture_are_tried_once_more(card, language_model, vision_m
     monkeypatch.setattr(type(language_model.model), "step", fails("model", type(language_model.model).step))
     decoder = type(vision_model.decoder)
     monkeypatch.setattr(decoder, "decode_frames", fails("decoder", decoder.decode_frames))
-    monkeypatch.setattr("paddlemix.models.emu3.decoding.upload", paddle.to_tensor)
+    monkeypatch.setattr("paddlemix.models.emu3.passes.upload", paddle.to_tensor)
     batch = Batch(language_model)
     batch.join(*drawings)
     while batch:

@@ -12,7 +12,7 @@ from test_generation import DATA, GRAMMAR, NEGATIVE, PROMPTS, unpadded
 from test_step import addresses, as_on_a_gpu, nothing_comes_to_the_host
 
 from paddlemix import machine
-from paddlemix.models.emu3 import cache, cuda_graph, decoding, generate_images, generate_text
+from paddlemix.models.emu3 import cache, cuda_graph, decoding, generate_images, generate_text, passes
 from paddlemix.models.emu3.decoding import Batch
 from paddlemix.models.emu3.generation_emu3 import make_drawings
 from paddlemix.models.emu3.sampling import Sampling
@@ -80,7 +80,7 @@ def card(monkeypatch):
     monkeypatch.setattr(paddle, "CUDAPlace", lambda number: f"card {number}")
     monkeypatch.setattr(paddle.device, "synchronize", lambda: found.log.append("wait"))
     monkeypatch.setattr(graphs, "CUDAGraph", found.graph())
-    monkeypatch.setattr(decoding, "upload", to_tensor)
+    monkeypatch.setattr(passes, "upload", to_tensor)
     for module in (decoding, cache):
         monkeypatch.setattr(module, "require_memory", lambda *_: None)
     monkeypatch.setattr(cache, "release_memory", lambda: found.log.append("grown"))

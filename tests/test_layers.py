@@ -27,6 +27,7 @@ ORDER = [
     ["paddlemix.models.emu3.modeling_emu3", "paddlemix.models.emu3.modeling_emu3visionvq"],
     ["paddlemix.models.emu3.sampling", "paddlemix.models.emu3.windows", "paddlemix.models.emu3.cuda_graph"],
     ["paddlemix.models.emu3.sequences"],
+    ["paddlemix.models.emu3.passes"],
     ["paddlemix.models.emu3.decoding"],
     ["paddlemix.models.emu3.generation_emu3", "paddlemix.models.emu3.utils_emu3"],
     ["paddlemix.models.emu3", "paddlemix.models"],

@@ -56,7 +56,7 @@ class Floats {
   }
   Floats(Floats&& other) = default;
   ~Floats() {
-    if (memory.numbers) kept().push_back(std::move(memory));
+    if (memory.numbers && memory.size <= LARGEST_KEPT) kept().push_back(std::move(memory));
     if (kept().size() > MOST_KEPT) kept().erase(kept().begin());
   }
   float* data() { return memory.numbers.get(); }
@@ -68,6 +68,7 @@ class Floats {
     int64_t size;
   };
   static constexpr size_t MOST_KEPT = 8;  // as many as a layer has at once
+  static constexpr int64_t LARGEST_KEPT = 1 << 24;  // 64 MB: twice what a part of a prompt takes in the released model
   static std::vector<Memory>& kept() {
     static thread_local std::vector<Memory> all;
     return all;

@@ -35,6 +35,7 @@ struct PackedRows {
   int64_t width, groups;
 };
 
+constexpr size_t LARGEST_KEPT = 1 << 24;  // units whose memory a thread keeps
 constexpr int PANEL_COLUMNS = 1024;  // inputs of a panel of weights, which is for the second level cache
 
 }  // namespace few_rows_linear

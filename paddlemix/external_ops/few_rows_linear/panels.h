@@ -106,6 +106,7 @@ SIMD_TARGET void many_rows(const Problem& p) {
   pack_rows<PACKED_ROWS>(p, x);
   in_parallel(p.out, PANEL_OUTS, p.rows * p.in * p.out,
               [&, from = &x](int64_t begin, int64_t end) { multiply_panels<T>(p, *from, begin, end); });
+  if (x.units.size() > LARGEST_KEPT) x = PackedRows();
 }
 
 }  // namespace SIMD
