@@ -91,7 +91,7 @@ def measure(side, directory, dtype, lengths, rows, output):
     result = {}
     for mode in model.modes:
         result[mode] = found = {"prompts": {}, "steps": {}}
-        read = model.reader(mode, max(lengths))
+        read = model.reader(mode, max(*lengths, SHORT_PROMPT))
         read(tokens(SHORT_PROMPT))  # which warms up
         for length in sorted(lengths, reverse=True):
             found["prompts"][length], after_prompt = timed(read, tokens(length))

@@ -341,13 +341,14 @@ def check_with(torch_python, library, *arguments):
 
 def test_check_cuda_finds_nothing_wrong(kernels, torch_python):
     rows, wrong = check_with(torch_python, "ctypes.CDLL(sys.argv[1])", kernels._name)
-    assert wrong == [] and len(rows) == 18
+    assert wrong == [] and len(rows) == 22
     assert all(cases >= 14 and error < 1 for _, _, cases, error in rows)
 
 
 def test_check_cuda_finds_what_is_wrong(torch_python):
     """Of a library that says that all is well and computes nothing."""
-    names = ["norm_forward", "norm_backward", "nearest_codeword", "quantized_linear", "pick_token"]
+    names = ["norm_forward", "norm_backward", "nearest_codeword", "quantized_linear", "pick_token",
+             "decoder_step", "decoder_step_bytes"]  # fmt: skip
     names = [f"emu3_{name}" for name in names]
     idle = f"type('Idle', (), dict.fromkeys({names}, lambda *_: 0) | {{'emu3_norm_parts': lambda *_: 1}})"
     rows, wrong = check_with(torch_python, idle)

@@ -303,7 +303,7 @@ class DecoderStep(ctypes.Structure):
 
 
 def as_step(epsilon, x, norms, weights, scales, cosine, sine, key, value, lengths, row_slots, y):
-    """A DecoderStep of these tensors, PyTorch's or Paddle's, without its workspace."""
+    """A DecoderStep of these tensors, PyTorch's or Paddle's, without its workspace. It does not keep them alive."""
     batch, news, hidden = x.shape
     slots, kv_heads, capacity, dim = key.shape
     x_type, weight_type = (str(tensor.dtype).split(".")[1] for tensor in (x, weights[0]))
@@ -389,15 +389,16 @@ def check_step(library, device, lengths, news, heads, kv_heads, dim, hidden, inn
     slots = [batch + 1, *range(batch - 1)]
     buffers = {}
 
-    def put(name, *shape, shift=0.0, fill=None):
-        values = torch.full(shape, fill) if fill else torch.randn(shape, generator=random, device=device) + shift
+    def put(name, *shape, shift=0.0, size=1.0, fill=None):
+        values = torch.full(shape, fill) if fill else torch.randn(shape, generator=random, device=device) * size + shift
         buffers[name] = guarded(values, of_16_bits, device, at)
         return buffers[name][0]
 
-    x, norms = put("x", batch, news, hidden), [put(f"norm {i}", hidden, shift=1) for i in range(2)]
+    x, norms = put("x", batch, news, hidden), [put(f"norm {i}", hidden, shift=1, size=0.2) for i in range(2)]
     weights, scales, values64 = step_weights(heads, kv_heads, dim, hidden, inner, dtype, bits, random, device)
     theta = 7 * torch.rand(batch, news, 1, dim // 2, generator=random, device=device).double()
     cos, sin = theta.cos().float(), theta.sin().float()
+    angles = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
     cache = [put(name, batch + 2, kv_heads, max(lengths) + 3, dim) for name in ("key", "value")]
     new = torch.zeros(cache[0].shape[:3], dtype=torch.bool, device=device)
     for tensor in cache:
@@ -409,8 +410,7 @@ def check_step(library, device, lengths, news, heads, kv_heads, dim, hidden, inn
     before = [tensor.clone() for tensor in cache]
     rows = [torch.tensor(numbers, device=device) for numbers in (lengths, slots)]
     y = put("y", batch, news, hidden, fill=float("nan"))
-    step = as_step(EPSILON, x, norms, weights, scales, torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1), *cache,
-                   *rows, y)  # fmt: skip
+    step = as_step(EPSILON, x, norms, weights, scales, *angles, *cache, *rows, y)
     buffers["the workspace"] = with_workspace(library, step, device)
     codes, results = [], []
     for _ in range(2):
