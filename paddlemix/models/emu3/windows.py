@@ -9,14 +9,14 @@ import numpy as np
 WINDOW = 15  # where a pass of many rows costs what one of few does: twice as many save a tenth of the passes more
 WINDOWS = (0, 1, 2, 3, 5, 7, 15)
 GAINS = (1.0, 1.37, 1.67, 1.94, 2.3, 2.59, 3.2)  # tokens of a picture that a pass gives, of Emu3-Mini
-ROWS = (2, 4, 8, 16, 64)
-COSTS = {  # time of a pass on a CPU with so many rows, beside one of two, by dtype of the weights
-    "float32": (1, 1.1, 1.25, 1.7, 5),
-    "bfloat16": (1, 1.05, 1.55, 2.8, 10),
-    "int8": (1, 1.55, 2.55, 5, 20),
-    "int4": (1, 1.65, 3.2, 6.5, 26),
+ROWS = (2, 4, 6, 8, 12, 16, 64)
+COSTS = {  # time of a pass on a CPU with so many rows, beside one of two, by dtype of the weights; 64 by the products
+    "float32": (1, 1.2, 1.2, 1.45, 1.65, 2.1, 8),
+    "bfloat16": (1, 1.2, 1.6, 1.95, 2.6, 3.4, 13),
+    "int8": (1, 1.3, 1.7, 2.2, 3.15, 4.25, 17),
+    "int4": (1, 1.6, 2.15, 2.8, 4, 5.3, 21),
 }
-WITHOUT_OPERATORS = (1, 2, 4, 8, 32)
+WITHOUT_OPERATORS = (1, 2, 3, 4, 6, 8, 32)
 WORTH = 1.05  # a window must promise more than this beside sequential decoding
 
 
