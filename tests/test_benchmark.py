@@ -318,7 +318,10 @@ def test_tables_of_the_released_size():
             "an answer": {"prompt_s": 3.0, "pass_s": 0.5, "pass_bytes": 5e9, "read_bytes_per_s": 10e9}}  # fmt: skip
     disk = {"load_s": 30.0, "load_peak_bytes": 6e9, "file_bytes": 10e9, "disk_bytes_per_s": 1e9}
     page = Page()
-    released.put(page, "int4", [16, 31], {**disk, "peak_bytes": 7e9, "runs": runs}, {**disk, "load_s": 12.0})
+    asked = {"tokens": 8218, "first_word_s": 240.0}
+    found = {**disk, "peak_bytes": 7e9, "runs": runs, "question": asked}
+    released.put(page, "int4", [16, 31], [90, 90], found, {**disk, "load_s": 12.0})
+    assert "| int4 | 8,218 tokens | 240 s | 34 |" in page.sections[released.QUESTION_TITLE]
     lines = page.text("").splitlines()
     assert "| int4 | 30 s | 10 s | 12 s | 10 s | 6.00 GB | 7.00 GB |" in lines
     row = "| int4, text-to-image | 9.0 s | 0.250 s | 4.00 | 4.00 GB | 20.0 GB/s | 0.200 s | 80% | 7.00 GB |"
