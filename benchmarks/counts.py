@@ -88,9 +88,9 @@ all, which takes {1e3 * seconds:.1f} ms at the least.
 A pass over a window of guesses reads hardly more than a step; its products take less time than its reading up to a
 window of about {seconds * operations_per_s / (2 * (layers + head)):.0f} codes ({operations_per_s / 1e12:.0f} TFLOP/s).
 
-A step is ready to be recorded as a CUDA graph (fixed shapes and addresses, the position a tensor on the device, the
-cache written in place, nothing that waits), which `tests/test_step.py` shows on a CPU; it is not recorded yet, so that
-Python's time to launch a step's kernels comes on top where the card is faster. Sampling's noise is made on the host, as
+A step is recorded as a CUDA graph (fixed shapes and addresses, the position a tensor on the device, the cache written
+in place, nothing that waits), which was tried with stand-ins on a CPU only. Without it Python's time to launch a step's
+kernels comes on top where the card is faster. Sampling's noise is made on the host, as
 a seed must give the same image everywhere, and copied from pinned memory without waiting.
 """
     return heads, rows, text

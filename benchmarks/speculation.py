@@ -39,7 +39,8 @@ def add_arguments(parser):
 
 def run(args, page):
     if "acceptance" in args.parts:
-        r = call(args, "ours", "speculation.acceptance", count=1 if args.small else args.count)
+        given = {"count": 1, "settings": SETTINGS[:1]} if args.small else {"count": args.count, "settings": SETTINGS}
+        r = call(args, "ours", "speculation.acceptance", **given)
         verdict = "equal to sequential decoding" if r["equal"] else "**NOT EQUAL**"
         page.put(GAINS_TITLE, GAINS_HEADS, r["rows"], gains_text(r["count"]), {"acceptance": verdict}, names=3)
         page.put(DRAFTS_TITLE, DRAFTS_HEADS, r["drafts"], DRAFTS_TEXT, names=2)
@@ -59,7 +60,7 @@ def run(args, page):
 # --- acceptance, in a process of its own ------------------------------------------------------------------
 
 
-def acceptance(side, count):
+def acceptance(side, count, settings):
     """{"rows", "drafts": tables, "equal": every picture has the tokens that sequential decoding gives it}"""
     from guesses import GUESSES
 
@@ -68,7 +69,7 @@ def acceptance(side, count):
 
     processor, model = Emu3Processor.from_pretrained("emu3-mini"), Emu3ForCausalLM.from_pretrained("emu3-mini")
     requests, rows, drafts, equal = make_requests(processor, model.config, count), [], [], True
-    for setting in SETTINGS:
+    for setting in settings:
         expected = [codes for codes, _ in draw(model, requests, *setting)]
         names = [f"{number:g}" for number in setting]
         for guess in GUESSES:

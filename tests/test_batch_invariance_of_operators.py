@@ -138,6 +138,13 @@ def test_prompts_of_attention(compiled, length, dtype):
                 query[row : row + 1, first:stop], *cache, paddle.to_tensor([stop]), paddle.to_tensor([row])
             )
             assert same(part, together[row : row + 1, first:stop])
+    # what stands behind a token takes no part, not even as infinity times nothing
+    for behind in (length - 1, length - 6, 65):
+        before = [x.clone() for x in cache]
+        for x in before:
+            x[:, :, behind:] = np.nan
+        changed = cached_attention(query, *before, paddle.to_tensor([length, length]))
+        assert same(changed[:, :behind], together[:, :behind]) and changed[:, behind:].isnan().all()
 
 
 @COMPILED

@@ -2,6 +2,7 @@
 """Pictures and answers: the original's tokens, sampling, and pieces for PaddleNLP's own loop."""
 
 import contextlib
+import os
 
 import numpy as np
 import paddle
@@ -11,7 +12,7 @@ from paddlenlp.generation import MaxLengthCriteria, StoppingCriteriaList
 from paddlenlp.generation.logits_process import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from paddlemix.external_ops import without_operators
-from paddlemix.models.emu3 import ImageGrammar, generate_images, generate_text, windows
+from paddlemix.models.emu3 import ImageGrammar, generate_images, generate_text, passes, windows
 from paddlemix.models.emu3.decoding import Batch
 from paddlemix.models.emu3.generation_emu3 import make_drawings
 from paddlemix.models.emu3.sampling import Sampling
@@ -154,6 +155,15 @@ def test_auto_takes_the_window_that_promises_most(monkeypatch):
         assert windows.choose_window("jacobi", 5, rows, costs, luck) == 5
         assert windows.choose_window("jacobi", None, rows, costs, luck) == 15
     assert windows.choose_window("auto", None, 2, None) == 15
+
+
+def test_a_forked_process_makes_threads_of_its_own():
+    """Those of its parent are not in it, and would be waited for."""
+    assert passes.at_once([lambda: 1, lambda: 2]) == [1, 2] and passes._threads.cache_info().currsize == 1
+    child = os.fork()
+    if child == 0:
+        os._exit(passes._threads.cache_info().currsize)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_the_measured_tables_are_whole():

@@ -18,7 +18,9 @@ def cached_attention(query, key, value, lengths, slots=None, allowed=None):
     """Causal grouped-query attention of the last tokens of each row.
 
     Without `allowed` the result of a query is a function of its own keys alone, bit for bit: whatever the other rows,
-    the other new tokens and the number of threads are. Only whether there are more than MOST_NEW of them decides.
+    the other new tokens and the number of threads are. Only whether there are more than MOST_NEW of them decides. Where
+    there are, and the processor multiplies bfloat16 (AVX-512 BF16), queries and weights are rounded to it beside a
+    cache of bfloat16.
 
     Args:
         query: float32 [B, new, H, D], rotated and not scaled. Query i of row b sees the keys before

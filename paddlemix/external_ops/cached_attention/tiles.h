@@ -43,6 +43,17 @@ SIMD_TARGET void mix_tile(const uint32_t* weights, const uint32_t* values, int c
   }
 }
 
+// What one query sees of a block's values from unit `first` on. Of a unit that it sees a part of the rest is taken for 0,
+// which its weight is: no product with what may be infinite.
+SIMD_TARGET inline void mix_rest(const uint32_t* weights, Room& room, int64_t first, int64_t seen, int64_t width,
+                                 float* sums) {
+  const int64_t whole = seen / UNIT;
+  if (whole > first) mix_tile<1>(weights + first, &room.values[first * width], whole - first, width, sums);
+  if (seen <= 0 || seen % UNIT == 0) return;
+  for (int64_t c = 0; c < width; ++c) room.wide[c] = room.values[whole * width + c] & 0xffff;
+  mix_tile<1>(weights + whole, room.wide.data(), 1, width, sums);
+}
+
 // The keys and values of a block, `count` of them; the missing ones are 0.
 template <class T>
 SIMD_TARGET void pack_keys(const T* key, const T* value, int count, int64_t dim, int64_t depth, int64_t width, Room& room) {
@@ -102,7 +113,10 @@ SIMD_TARGET void attend_tiles(const Problem& p, int64_t row, int64_t head, int64
           std::fill(scores, scores + BLOCK, 0.0f);
       }
       round_units(room.scores.data(), rows * BLOCK, room.weights.data());
-      MIX.of[rows](room.weights.data(), room.values.data(), (most + UNIT - 1) / UNIT, width, &room.sums[q * width]);
+      const int64_t all = std::max<int64_t>(0, seen(q)) / UNIT;  // units of values that all of these queries see
+      MIX.of[rows](room.weights.data(), room.values.data(), all, width, &room.sums[q * width]);
+      for (int64_t r = 0; r < rows; ++r)
+        mix_rest(&room.weights[r * BLOCK_UNITS], room, all, seen(q + r), width, &room.sums[(q + r) * width]);
     }
   }
   for (int64_t q = 0; q < queries; ++q) {

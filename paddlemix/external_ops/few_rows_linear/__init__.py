@@ -8,7 +8,7 @@ the operator the same is computed with Paddle, more slowly.
 
 Where a CPU multiplies integers (AVX-512 VNNI, AVX-VNNI), activations are rounded too, with a scale for each 128 inputs
 of a row: to 16 bits beside int8 and to 8 bits beside int4. Where it multiplies bfloat16 (AVX-512 BF16), those of more
-than FEW_ROWS rows are rounded to bfloat16 beside bfloat16. Each is less than what the weights were rounded by.
+than FEW_ROWS rows are rounded to bfloat16 beside bfloat16. That is no more than what the weights were rounded by.
 `EMU3_OPS_SIMD=avx512` keeps activations float32.
 """
 

@@ -151,10 +151,11 @@ SIMD_TARGET void round_row(const Problem& p, int64_t row, int most, uint32_t* un
     float x[GROUP] = {};
     std::memcpy(x, p.x + row * p.in + g * GROUP, count * sizeof(float));
     const float size = std::max(SIMD::largest(x, GROUP), TINY), inverse = most / size;
-    to.scale[at] = std::isfinite(size) ? size / most : NAN;
+    const bool finite = std::isfinite(size);
+    to.scale[at] = finite ? size / most : NAN;
     int32_t sum = 0;
     for (int i = 0; i < GROUP; ++i) {
-      const int32_t whole = (int32_t)__builtin_rintf(x[i] * inverse);
+      const int32_t whole = finite ? (int32_t)__builtin_rintf(x[i] * inverse) : 0;
       out[i] = whole;
       sum += whole;
     }

@@ -2,6 +2,7 @@
 """One forward pass of decoding: from the ids that sequences read to those that they pick, without a wait for a card."""
 
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -98,6 +99,9 @@ class Pass:
 @functools.cache
 def _threads():
     return ThreadPoolExecutor(available_cores(), "emu3-noise")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # the threads stay with the parent
 
 
 def at_once(functions):

@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """How many tokens a forward pass guesses: what a window gains, beside what the larger pass costs.
 
-Both tables are measured: `benchmarks/bench.py speculation` prints them anew.
+Both tables are measured: `benchmarks/bench.py speculation` prints them.
 """
 
 import numpy as np
