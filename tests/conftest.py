@@ -56,6 +56,20 @@ def write_checkpoint(directory, kind, weights=None, **config):
     return directory
 
 
+def stand_in_for_a_card(monkeypatch, found, *modules):
+    """`found` takes the place of the compiled operators in these modules, the CPU that of a card; what external_ops
+    logs as a warning goes into found.warnings."""
+    import paddle
+
+    from paddlemix import external_ops
+
+    monkeypatch.setattr(paddle, "CUDAPlace", lambda number: paddle.CPUPlace())
+    for module in (external_ops, *modules):
+        monkeypatch.setattr(module, "operators", lambda: found)
+    log = external_ops.logging.getLogger(external_ops.__name__)
+    monkeypatch.setattr(log, "warning", lambda text, *values: found.warnings.append(text % values))
+
+
 def relative_error(a, b):
     return float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max())
 

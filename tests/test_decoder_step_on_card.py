@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import paddle
 import pytest
+from conftest import stand_in_for_a_card
 
 from paddlemix.external_ops import decoder_step as module
 from paddlemix.models.emu3 import Emu3Config, Emu3Model, attention, modeling_emu3
@@ -28,12 +29,8 @@ def by_paddle(*given):
 def card(monkeypatch):
     """A card of capability 9.0 with right kernels; none was looked at before."""
     found = SimpleNamespace(decoder_step=by_paddle, emu3_ops_cuda=None, capability=(9, 0), warnings=[], rows=[])
-    monkeypatch.setattr(paddle, "CUDAPlace", lambda number: paddle.CPUPlace())
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda number: found.capability)
-    monkeypatch.setattr(module, "operators", lambda: found)
-    monkeypatch.setattr(modeling_emu3, "operators", lambda: found)
-    log = module.logging.getLogger(module.__name__)
-    monkeypatch.setattr(log, "warning", lambda text, *values: found.warnings.append(text % values))
+    stand_in_for_a_card(monkeypatch, found, module, modeling_emu3)
     module.step_fault.cache_clear()
     yield found
     module.step_fault.cache_clear()

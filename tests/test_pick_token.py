@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
+from conftest import stand_in_for_a_card
 
 from paddlemix.external_ops import pick_token as module
 from paddlemix.external_ops.pick_token import pick_token
@@ -47,10 +48,7 @@ def card(monkeypatch):
 
     found.pick_token = kernel
     monkeypatch.setattr(paddle.Tensor, "place", property(as_on_a_card))
-    monkeypatch.setattr(paddle, "CUDAPlace", lambda number: paddle.CPUPlace())
-    monkeypatch.setattr(module, "operators", lambda: found)
-    log = module.logging.getLogger(module.__name__)
-    monkeypatch.setattr(log, "warning", lambda text, *values: found.warnings.append(text % values))
+    stand_in_for_a_card(monkeypatch, found, module)
     module.pick_fault.cache_clear()
     yield found
     module.pick_fault.cache_clear()

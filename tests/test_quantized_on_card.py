@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
+from conftest import stand_in_for_a_card
 
 from paddlemix.external_ops import few_rows_linear as module
 from paddlemix.external_ops import without_operators
@@ -34,11 +35,8 @@ def card(monkeypatch):
             return quantize(weight, bits)
 
     found.quantize_weight = quantize_weight
-    monkeypatch.setattr(paddle, "CUDAPlace", lambda number: paddle.CPUPlace())
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda number: found.capability)
-    monkeypatch.setattr(module, "operators", lambda: found)
-    log = module.logging.getLogger(module.__name__)
-    monkeypatch.setattr(log, "warning", lambda text, *values: found.warnings.append(text % values))
+    stand_in_for_a_card(monkeypatch, found, module)
     module.kernel_fault.cache_clear()
     yield found
     module.kernel_fault.cache_clear()

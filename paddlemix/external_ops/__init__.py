@@ -115,6 +115,25 @@ def _note():
         )  # fmt: skip
 
 
+def card_fault(card, kind, compare, capability=None, instead="Paddle's operators"):
+    """Why the CUDA kernels of one kind, named in words, are not used on a card; None where they are.
+
+    `compare()` gives what is wrong with them beside Paddle's operators there, in words, or None. It is logged, with
+    what is used instead. capability: the compute capability that they need.
+    """
+    if not hasattr(operators(), "emu3_ops_cuda"):
+        return f"the CUDA operators are not built, `{build_command()}` builds them"
+    if capability and (has := paddle.device.cuda.get_device_capability(card)) < capability:
+        return "the card has compute capability {}.{}, the kernel needs {}.{}".format(*has, *capability)
+    try:
+        fault = compare()
+    except (RuntimeError, OSError, ValueError) as error:  # CUDA's own errors come as OSError
+        fault = f"{kind} fails on this card ({' '.join(str(error).split())[:200]})"
+    if fault:
+        logging.getLogger(__name__).warning("%s: %s are used, slower", fault, instead)
+    return fault
+
+
 def wants_gradient(*tensors):
     return paddle.is_grad_enabled() and not all(t.stop_gradient for t in tensors)
 

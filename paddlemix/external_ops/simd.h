@@ -76,6 +76,12 @@ inline __attribute__((always_inline)) float widen(float16 x) {
   return bit_cast<float>((bits >= 0x7c00 ? large : bit_cast<uint32_t>(small)) | sign);
 }
 
+// To the nearest, ties to even.
+inline __attribute__((always_inline)) bfloat16 to_bfloat16(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return {uint16_t(x != x ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
 // a * b + c; FUSED: rounded once, where the processor does that in one instruction
 template <bool FUSED>
 inline __attribute__((always_inline)) float multiply_add(float a, float b, float c) {

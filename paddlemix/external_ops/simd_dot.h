@@ -95,12 +95,9 @@ SIMD_INLINE totals multiply(units w, units x, totals total) {
 constexpr int UNIT = 2;
 
 SIMD_BFLOAT inline void round_units(const float* x, int64_t count, uint32_t* units) {
-  uint16_t* to = (uint16_t*)units;
-  if (count % 2) to[count] = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = bit_cast<uint32_t>(x[i]), odd = bits >> 16 & 1;
-    to[i] = (bits + ((bits & 0x7fffffff) > 0x7f800000 ? 0x10000 : 0x7fff + odd)) >> 16;
-  }
+  bfloat16* to = (bfloat16*)units;
+  if (count % 2) to[count] = {0};
+  for (int64_t i = 0; i < count; ++i) to[i] = to_bfloat16(x[i]);
 }
 // A row of numbers.
 SIMD_BFLOAT inline void row_units(const bfloat16* from, int64_t count, uint32_t* to) {

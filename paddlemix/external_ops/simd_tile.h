@@ -37,9 +37,9 @@ struct Sums {
   }
 };
 
-// out[r][o]: the products of R rows of x and O rows of w, both `n` long. With STREAM, w comes from memory, and the rows
-// of `next` are asked for: into the second level cache, which waits for more lines at a time than the first.
-template <int R, int O, bool STREAM, class T>
+// out[r][o]: the products of R rows of x and O rows of w, both `n` long. w comes from memory, and the rows of `next` are
+// asked for: into the second level cache, which waits for more lines at a time than the first.
+template <int R, int O, class T>
 SIMD_TARGET inline void products(const T* w, int64_t w_stride, const T* next, const float* x, int64_t x_stride,
                                  int64_t n, float (&out)[R][O]) {
   constexpr int LINE = 64 / sizeof(T), STEP = LINE > WIDTH ? LINE : WIDTH;
@@ -47,8 +47,7 @@ SIMD_TARGET inline void products(const T* w, int64_t w_stride, const T* next, co
   floats row[O];
   int64_t i = 0;
   for (; i + STEP <= n; i += STEP) {
-    if constexpr (STREAM)
-      for (int o = 0; o < O; ++o) __builtin_prefetch(next + o * w_stride + i, 0, 2);
+    for (int o = 0; o < O; ++o) __builtin_prefetch(next + o * w_stride + i, 0, 2);
     for (int u = 0; u < STEP; u += WIDTH) {
       for (int o = 0; o < O; ++o) row[o] = load(w + o * w_stride + i + u);
       for (int r = 0; r < R; ++r) sums.add(r, row, load(x + r * x_stride + i + u));

@@ -21,12 +21,12 @@ SIMD_TARGET void score(const T* key, const T* next, int64_t dim, const float* qu
   int j = 0;
   for (; j + TILE_OUTS <= count; j += TILE_OUTS) {
     float sums[R][TILE_OUTS];
-    products<R, TILE_OUTS, true>(key + j * dim, dim, next + j * dim, query, q_stride, dim, sums);
+    products<R, TILE_OUTS>(key + j * dim, dim, next + j * dim, query, q_stride, dim, sums);
     for (int r = 0; r < R; ++r) std::memcpy(scores + r * BLOCK + j, sums[r], sizeof sums[r]);
   }
   for (; j < count; ++j) {
     float sums[R][1];
-    products<R, 1, true>(key + j * dim, dim, next + j * dim, query, q_stride, dim, sums);
+    products<R, 1>(key + j * dim, dim, next + j * dim, query, q_stride, dim, sums);
     for (int r = 0; r < R; ++r) scores[r * BLOCK + j] = sums[r][0];
   }
 }

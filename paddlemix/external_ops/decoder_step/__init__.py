@@ -6,7 +6,6 @@ On a CPU activations are float32; on a card they are of 16 bits, and so is what 
 """
 
 import functools
-import logging
 import math
 
 import numpy as np
@@ -15,7 +14,7 @@ import paddle.nn.functional as F
 
 from paddlemix.utils import InputError
 
-from .. import build_command, operators
+from .. import card_fault, operators
 from ..few_rows_linear import IN_STEPS, WITH_TENSOR_CORES, dequantize, quantize
 
 DIM_STEPS, MOST_DIM = 16, 256  # of a head, on a card
@@ -73,14 +72,11 @@ def step_fault(dtype, weight_dtype, dim, card):
     They are compared with Paddle's operators once, for each number of rows that they have a way for. What is wrong is
     logged.
     """
-    capability = paddle.device.cuda.get_device_capability(card)
-    if not hasattr(operators(), "emu3_ops_cuda"):
-        return f"the CUDA operators are not built, `{build_command()}` builds them"
-    if capability < WITH_TENSOR_CORES:
-        return f"the card has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
     names = [str(name).removeprefix("paddle.").replace("uint8", "int4") for name in (dtype, weight_dtype)]
-    fault, kind = None, f"the decoder step in {names[0]} with {names[1]} weights"
-    try:
+    kind = f"the decoder step in {names[0]} with {names[1]} weights"
+
+    def compare():
+        fault = None
         for lengths, new in (([270], 1), ([600, 17], 1), ([300], 17), ([530, 40], 17)):
             given = _example(lengths, new, dtype, weight_dtype, dim, paddle.CUDAPlace(card))
             right = _with_paddle(*given)
@@ -88,11 +84,9 @@ def step_fault(dtype, weight_dtype, dim, card):
             error = max(float((a.astype("float32") - b).abs().max() / b.abs().max()) for a, b in zip(found, right))
             if not error < TOLERANCE[dtype]:
                 fault = f"{kind} errs by {error:.2g} with {len(lengths) * new} rows on this card"
-    except (RuntimeError, OSError, ValueError) as error:  # CUDA's own errors come as OSError
-        fault = f"{kind} fails on this card ({' '.join(str(error).split())[:200]})"
-    if fault:
-        logging.getLogger(__name__).warning("%s: Paddle's operators are used, slower", fault)
-    return fault
+        return fault
+
+    return card_fault(card, kind, compare, WITH_TENSOR_CORES)
 
 
 def _example(lengths, new, dtype, weight_dtype, dim, place):

@@ -13,7 +13,6 @@ than FEW_ROWS rows are rounded to bfloat16 beside bfloat16. That is no more than
 """
 
 import functools
-import logging
 import math
 
 import numpy as np
@@ -22,7 +21,7 @@ import paddle.nn.functional as F
 
 from paddlemix.utils import InputError
 
-from .. import build_command, operators, operators_for, wants_gradient
+from .. import card_fault, operators, operators_for, wants_gradient
 
 FEW_ROWS = 64  # so many rows are computed while the weights are read once; more go by blocks
 FEW_ROWS_WITHOUT = 16  # without the compiled operators, two rows a time
@@ -115,16 +114,13 @@ def kernel_fault(dtype, bits, card):
 
     It is compared with Paddle's product once, for each number of rows that it has a way for. What is wrong is logged.
     """
-    capability = paddle.device.cuda.get_device_capability(card)
-    if not hasattr(operators(), "emu3_ops_cuda"):
-        return f"the CUDA operators are not built, `{build_command()}` builds them"
-    if capability < WITH_TENSOR_CORES:
-        return f"the card has compute capability {capability[0]}.{capability[1]}, the kernel needs 8.0"
-    fault, place = None, paddle.CUDAPlace(card)
-    weight = np.cos(np.arange(300 * 272, dtype=np.float32)).reshape([300, 272])
-    quantized = quantize(paddle.to_tensor(weight, place=paddle.CPUPlace()), bits)
-    weight, scale = (tensor.to(place) for tensor in quantized)
-    try:
+    kind = f"the int{bits} kernel"
+
+    def compare():
+        fault, place = None, paddle.CUDAPlace(card)
+        weight = np.cos(np.arange(300 * 272, dtype=np.float32)).reshape([300, 272])
+        quantized = quantize(paddle.to_tensor(weight, place=paddle.CPUPlace()), bits)
+        weight, scale = (tensor.to(place) for tensor in quantized)
         for rows in (2, 16, 34, 70):
             x = np.sin(np.arange(rows * 272, dtype=np.float32)).reshape([rows, 272])
             x = paddle.to_tensor(x, place=place).astype(dtype)
@@ -132,12 +128,10 @@ def kernel_fault(dtype, bits, card):
             right = paddle.matmul(x.astype("float32"), dequantize(weight, scale, 272), transpose_y=True)
             error = float((found - right).abs().max() / right.abs().max())
             if not error < TOLERANCE:
-                fault = f"the int{bits} kernel errs by {error:.2g} with {rows} rows on this card"
-    except (RuntimeError, OSError, ValueError) as error:  # CUDA's own errors come as OSError
-        fault = f"the int{bits} kernel fails on this card ({' '.join(str(error).split())[:200]})"
-    if fault:
-        logging.getLogger(__name__).warning("%s: Paddle's products are used, slower", fault)
-    return fault
+                fault = f"{kind} errs by {error:.2g} with {rows} rows on this card"
+        return fault
+
+    return card_fault(card, kind, compare, WITH_TENSOR_CORES, "Paddle's products")
 
 
 def _check(in_features, weight, scale):

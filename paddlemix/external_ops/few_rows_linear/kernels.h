@@ -17,7 +17,7 @@ template <int R, int O, class T>
 SIMD_TARGET void stream(const Problem& p, int64_t row, int64_t o) {
   float sums[R][O];
   const T* w = (const T*)p.weight + o * p.in;
-  products<R, O, true>(w, p.in, w + O * p.in, p.x + row * p.in, p.in, p.in, sums);
+  products<R, O>(w, p.in, w + O * p.in, p.x + row * p.in, p.in, p.in, sums);
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < O; ++i) p.y[(row + r) * p.out + o + i] = p.scale ? sums[r][i] * p.scale[o + i] : sums[r][i];
 }
@@ -142,7 +142,13 @@ SIMD_TARGET inline float largest(const float* x, int64_t count) {
   return simd::bit_cast<float>(most);
 }
 
-// x of a row, for whole.h: as `T`, int8_t or int16_t up to `most`, with a scale for each group; groups are filled up with 0.
+// The integer nearest to x times `inverse`, of halves the even one: as Paddle rounds.
+SIMD_TARGET inline __attribute__((always_inline)) int nearest(float x, float inverse) {
+  return (int)__builtin_rintf(x * inverse);
+}
+
+// x of a row, for whole.h: as `T`, int8_t or int16_t up to `most`, with a scale for each group, which are filled up
+// with 0.
 template <class T>
 SIMD_TARGET void round_row(const Problem& p, int64_t row, int most, uint32_t* units, PackedRows& to) {
   T* out = (T*)units;
@@ -155,17 +161,12 @@ SIMD_TARGET void round_row(const Problem& p, int64_t row, int most, uint32_t* un
     to.scale[at] = finite ? size / most : NAN;
     int32_t sum = 0;
     for (int i = 0; i < GROUP; ++i) {
-      const int32_t whole = finite ? (int32_t)__builtin_rintf(x[i] * inverse) : 0;
+      const int32_t whole = finite ? nearest(x[i], inverse) : 0;
       out[i] = whole;
       sum += whole;
     }
     to.start[at] = sizeof(T) == 1 ? -8 * sum : 0;
   }
-}
-
-// The integer nearest to x times `inverse`, of halves the even one: as Paddle rounds.
-SIMD_TARGET inline __attribute__((always_inline)) int nearest(float x, float inverse) {
-  return (int)__builtin_rintf(x * inverse);
 }
 
 template <class T>

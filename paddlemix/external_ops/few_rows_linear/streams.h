@@ -48,9 +48,7 @@ SIMD_TARGET void stream_tile(const Problem& p, const PackedRows& x, int64_t row,
   floats sums[R][O];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < O; ++i) sums[r][i] = fill(0);
-  for (int64_t g = 0; g < whole; ++g, w += GROUP_BYTES) {
-    stream_group(p, x, w, stride, row, o, g, sums);
-  }
+  for (int64_t g = 0; g < whole; ++g, w += GROUP_BYTES) stream_group(p, x, w, stride, row, o, g, sums);
   if (whole < x.groups) {
     uint8_t part[O][GROUP_BYTES] = {};
     for (int i = 0; i < O; ++i) std::memcpy(part[i], w + i * stride, stride % GROUP_BYTES);

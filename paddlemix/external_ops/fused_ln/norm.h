@@ -12,10 +12,7 @@ namespace norm {
 
 inline void narrow(float x, float* to) { *to = x; }
 
-inline void narrow(float x, simd::bfloat16* to) {  // to the nearest, ties to even
-  const uint32_t bits = simd::bit_cast<uint32_t>(x);
-  to->bits = std::isnan(x) ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
+inline void narrow(float x, simd::bfloat16* to) { *to = simd::to_bfloat16(x); }
 
 inline void narrow(float x, simd::float16* to) {
   const uint32_t bits = simd::bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;

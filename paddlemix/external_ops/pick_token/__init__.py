@@ -2,7 +2,6 @@
 """A token from logits: guidance, temperature, top-k and noise, on a card in one kernel."""
 
 import functools
-import logging
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ import paddle
 
 from paddlemix.utils import InputError
 
-from .. import build_command, operators
+from .. import card_fault, operators
 
 # (rows, positions, tokens, top_k, whether there is noise) that the kernel is compared in
 COMPARED = [(2, 3, 32768, 2048, True), (1, 64, 5003, 7, True), (2, 1, 4099, 0, True), (2, 64, 3001, 0, False)]
@@ -69,10 +68,9 @@ def card_takes(logits):
 @functools.cache
 def pick_fault(card):
     """Why the CUDA kernel is not used on a card; None where it is. It must pick what Paddle's operators pick there."""
-    if not hasattr(operators(), "emu3_ops_cuda"):
-        return f"the CUDA operators are not built, `{build_command()}` builds them"
-    fault, random, place = None, np.random.default_rng(0), paddle.CUDAPlace(card)
-    try:
+
+    def compare():
+        fault, random, place = None, np.random.default_rng(0), paddle.CUDAPlace(card)
         for rows, positions, tokens, top_k, is_drawn in COMPARED:
             values = (random.standard_normal([rows + 1, positions, tokens]) * 4).round() / 4  # some are equal
             *logits, noise = values.astype(np.float32)
@@ -81,11 +79,9 @@ def pick_fault(card):
             how = logits, noise, 3.0, 0.7, top_k, 9
             if not bool((operators().pick_token(*how) == _with_paddle(*how)).all()):
                 fault = f"the kernel picks other tokens of {tokens} than Paddle's operators on this card"
-    except (RuntimeError, OSError, ValueError) as error:  # CUDA's own errors come as OSError
-        fault = f"the kernel that picks tokens fails on this card ({' '.join(str(error).split())[:200]})"
-    if fault:
-        logging.getLogger(__name__).warning("%s: Paddle's operators are used, slower", fault)
-    return fault
+        return fault
+
+    return card_fault(card, "the kernel that picks tokens", compare)
 
 
 def _with_paddle(logits, noise, guidance_scale, temperature, top_k, offset):
