@@ -85,7 +85,7 @@ def acceptance(side, count, settings):
 
 def make_requests(processor, config, count):
     """Arguments of a Drawing for each held-out scene."""
-    from paddlemix.processors.emu3_processing import NEGATIVE_PROMPT, POSITIVE_PROMPT
+    from paddlemix.processors.prompts import NEGATIVE_PROMPT, POSITIVE_PROMPT
 
     rng, requests = np.random.default_rng(0), []
     for scene in held_out_scenes(count, 100):

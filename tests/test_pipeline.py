@@ -17,7 +17,7 @@ from paddlemix.models.emu3.checkpoint import OpenCheckpoint
 from paddlemix.models.emu3.hub import MINI_DIRECTORY
 from paddlemix.models.emu3.sampling import Sampling
 from paddlemix.pipelines import Emu3Pipeline
-from paddlemix.processors.emu3_processing import NEGATIVE_PROMPT, POSITIVE_PROMPT
+from paddlemix.processors.prompts import NEGATIVE_PROMPT, POSITIVE_PROMPT
 
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
 CIRCLE = "a large red circle on a white background."

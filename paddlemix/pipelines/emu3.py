@@ -19,15 +19,9 @@ from paddlemix.models.emu3.configuration_emu3 import (
     Emu3VisionVQConfig,
 )
 from paddlemix.models.emu3.hub import fetch, matching_vision_tokenizer
-from paddlemix.processors.emu3_processing import (
-    CHAT_TEMPLATE,
-    NEGATIVE_PROMPT,
-    POSITIVE_PROMPT,
-    Emu3Processor,
-    check_chat_template,
-    generate_size,
-)
+from paddlemix.processors.emu3_processing import Emu3Processor, generate_size
 from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor
+from paddlemix.processors.prompts import CHAT_TEMPLATE, NEGATIVE_PROMPT, POSITIVE_PROMPT, check_chat_template
 from paddlemix.utils import InputError, read_json, shown, whole_number
 
 from .steps import Generation, Reconstruction, Understanding

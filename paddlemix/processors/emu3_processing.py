@@ -11,23 +11,9 @@ from paddlemix.models.emu3.image_grammar import ImageGrammar
 from paddlemix.utils import BatchFeature, InputError, real_number, shown, whole_number, whole_numbers
 
 from .image_processing_emu3 import to_pil
+from .prompts import CHAT_TEMPLATE, Prompts
 
-# what the original adds to every drawing prompt, and leads away from
-POSITIVE_PROMPT = " masterpiece, film grained, best quality."
-NEGATIVE_PROMPT = (
-    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
-    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
-)
-CHAT_TEMPLATE = "You are a helpful assistant. USER: {image_prompt}{text_prompt}. ASSISTANT:"
 LARGEST_AREA = 1e15  # in pixels: more than any memory holds
-IMAGE_SLOT, TEXT_SLOT = "{image_prompt}", "{text_prompt}"
-USER = re.compile(r"\s*USER:")  # where a template's part begins that each turn of a conversation repeats
-
-
-def check_chat_template(template):
-    """InputError where a template does not hold {image_prompt} and {text_prompt} once each."""
-    if template.count(IMAGE_SLOT) != 1 or template.count(TEXT_SLOT) != 1:
-        raise InputError(f"a chat template must hold {IMAGE_SLOT} and {TEXT_SLOT} once each, got {template!r}")
 
 
 def generate_size(ratio, image_area, factor=8):
@@ -64,53 +50,20 @@ def largest_size(ratio, tokens, grammar, factor=8):
     return None
 
 
-def merge_turns(turns):
-    """Turns as `chat_prompt` takes them -> [(role, texts, pictures)], neighbours of one role as one.
-
-    InputError: they are not a conversation.
-    """
-    merged = []
-    for role, parts in turns:
-        texts = [part for part in parts if isinstance(part, str)]
-        pictures = [part for part in parts if not isinstance(part, str)]
-        if role not in ("system", "user", "assistant"):
-            raise InputError(f"a turn is of system, user or assistant, got {shown(role)}")
-        if pictures and role != "user":
-            raise InputError(f"a picture belongs into a turn of user, got one of {role}")
-        if not texts and not pictures:
-            raise InputError(f"a turn of {role} is empty: give it a text or, of user, a picture")
-        if merged and merged[-1][0] == role:
-            merged[-1][1].extend(texts)
-            merged[-1][2].extend(pictures)
-        else:
-            merged.append((role, texts, pictures))
-    roles = [role for role, _, _ in merged]
-    if not roles or roles[-1] != "user" or "system" in roles[1:] or roles[roles[0] == "system"] != "user":
-        raise InputError(
-            "a conversation has turns of user and assistant, one after the other, from user to user, and system only "
-            f"in front; got {shown(roles)}"
-        )
-    return merged
-
-
-class Emu3Processor:
+class Emu3Processor(Prompts):
     """Prompts from text and pictures, text and pictures from ids.
 
     Args:
         image_processor: Emu3VisionVQImageProcessor.
         vision_tokenizer: Emu3VisionVQModel.
         tokenizer: Emu3Tokenizer.
-        chat_template: of mode "U", with {image_prompt} and {text_prompt} once each. Special tokens in the
-            template are special tokens; in a user's text they are text.
+        chat_template: of mode "U", as Prompts takes it.
     """
 
     def __init__(self, image_processor, vision_tokenizer, tokenizer, chat_template=CHAT_TEMPLATE):
-        check_chat_template(chat_template)
-        self.image_processor = image_processor
-        self.vision_tokenizer = vision_tokenizer
-        self.tokenizer = tokenizer
-        self.chat_template = chat_template
-        self.grammar = ImageGrammar.from_tokenizer(tokenizer, vision_tokenizer.config.codebook_size)
+        grammar = ImageGrammar.from_tokenizer(tokenizer, vision_tokenizer.config.codebook_size)
+        super().__init__(tokenizer, grammar, chat_template)
+        self.image_processor, self.vision_tokenizer = image_processor, vision_tokenizer
 
     @classmethod
     def from_pretrained(cls, name_or_path, vq_name_or_path=None, **options):
@@ -186,11 +139,10 @@ class Emu3Processor:
         if len(ratios) != len(texts):
             raise InputError(f"give one ratio for all texts or one each: {len(texts)} texts, {len(ratios)} ratios")
         sizes = [generate_size(r, image_area, self.vision_tokenizer.spatial_scale_factor) for r in ratios]
-        bos = self.tokenizer.bos_token_id
 
         @cache  # of many pictures of one text
         def row(text, size):
-            return [bos, *self.tokenizer.encode(text, allow_special=False), *self.grammar.head(*size)]
+            return [*self.drawing_prompt(text), *self.grammar.head(*size)]
 
         return [row(text, tuple(size)) for text, size in zip(texts, sizes, strict=True)], sizes
 
@@ -208,34 +160,6 @@ class Emu3Processor:
         codes = [by_picture[id(one)] for one in images]
         rows = [self.chat_prompt([("user", [c, t])]) for t, c in zip(texts, codes, strict=True)]
         return rows, [c.shape for c in codes]
-
-    def chat_prompt(self, turns):
-        """Ids of a conversation whose last turn waits for an answer.
-
-        A user's turn is the chat template: its pictures in their order, then its texts, joined by a space. An answer
-        is followed by EOS, as the model ends it, and a later turn by the template from "USER:" on (all of a template
-        that has no "USER:"). A system's text takes the place of what stands before "USER:". One turn with one picture
-        is the prompt of mode "U".
-
-        Args:
-            turns: a list of (role, parts); a role is "system", which comes first, "user" or "assistant"; a part is a
-                str or, of a user, a picture's codes, integers [h, w]. Neighbours of one role are one turn.
-
-        InputError: turns that are not a conversation, or codes that are not a picture's.
-        """
-        merged = merge_turns(turns)
-        start = match.start() if (match := USER.search(self.chat_template)) else 0
-        row, template = [self.tokenizer.bos_token_id], self.chat_template
-        for role, texts, pictures in merged:
-            text = " ".join(texts)
-            if role == "user":
-                ids = [i for codes in pictures for i in self.grammar.encode(codes)]
-                row += self._fill_template(text, ids, template)
-            else:
-                row += self.tokenizer.encode(text, allow_special=False)
-                row += [self.tokenizer.eos_token_id] if role == "assistant" else []
-            template = self.chat_template[start:]
-        return row
 
     def chat_sizes(self, turns, positions=None):
         """The (height, width) in pixels of each picture of a conversation, as `question_size` gives it of one.
@@ -284,19 +208,6 @@ class Emu3Processor:
         """Of a picture of (height, width) pixels in a prompt."""
         h, w = (side // self.vision_tokenizer.spatial_scale_factor for side in size)
         return len(self.grammar.head(h, w)) + self.grammar.num_tokens(h, w) - 1  # it has no EOS
-
-    def _fill_template(self, text, picture_ids, template):
-        """A template's ids; only the template itself can name special tokens."""
-        special = "|".join(map(re.escape, re.findall(r"<\|[^<>|]+\|>", template))) or r"(?!)"
-        row = []
-        for piece in re.split(f"({re.escape(IMAGE_SLOT)}|{special})", template):
-            if piece == IMAGE_SLOT:
-                row += picture_ids
-            elif re.fullmatch(special, piece):
-                row += self.tokenizer.encode(piece)
-            else:
-                row += self.tokenizer.encode(piece.replace(TEXT_SLOT, text), allow_special=False)
-        return row
 
     def _batch(self, rows, sizes, padding, padding_side, return_tensors):
         if return_tensors and not padding and len({len(row) for row in rows}) > 1:

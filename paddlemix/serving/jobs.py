@@ -11,8 +11,9 @@ from PIL import Image
 
 from paddlemix.pipelines.emu3 import answer_sampling
 from paddlemix.pipelines.steps import LONGEST_ANSWER, answer_text
-from paddlemix.processors.emu3_processing import generate_size, merge_turns
+from paddlemix.processors.emu3_processing import generate_size
 from paddlemix.processors.image_processing_emu3 import over_white, to_pil
+from paddlemix.processors.prompts import merge_turns
 from paddlemix.utils import InputError, shown, whole_number, whole_numbers
 
 TELL_S = 0.05  # between two Progress events of a job

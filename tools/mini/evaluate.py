@@ -53,7 +53,7 @@ def compare(scene, read):
 def measure_drawings(model, processor, scenes, guidance, sampling, seed):
     """`compare` for a drawing of each scene's caption, in English or Chinese, long or short."""
     from paddlemix.models.emu3 import Sampling, generate_images
-    from paddlemix.processors.emu3_processing import NEGATIVE_PROMPT, POSITIVE_PROMPT
+    from paddlemix.processors.prompts import NEGATIVE_PROMPT, POSITIVE_PROMPT
 
     rng, results = np.random.default_rng(seed), []
     for start, part in batches(scenes, f"drawing, guidance {guidance:g}"):
