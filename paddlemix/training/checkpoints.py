@@ -1,0 +1,84 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The checkpoints of a training run: folders that are there when they are whole, with all that is needed to go on."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from paddlemix.utils import InputError, read_json, write_atomically
+
+STATE = "training.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+OPTIMIZER = "optimizer-{:05d}-of-{:05d}.safetensors"
+
+
+def all_checkpoints(folder):
+    """The folders of checkpoints, the oldest first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]))
+
+
+def save_checkpoint(folder, step, job, write_model, optimizer, ranks, limit):
+    """Write `checkpoint-STEP` and remove what is older than the last `limit`. Every process calls it.
+
+    Args:
+        folder: which all processes see.
+        step: steps that are done.
+        job: what the run is of, for JSON: another one is not gone on with.
+        write_model: writes the model's files into a folder; the first process calls it.
+        optimizer: its `save` writes what this process keeps.
+
+    Returns:
+        the checkpoint's path
+    """
+    path, beside = Path(folder) / f"checkpoint-{step}", Path(folder) / f".checkpoint-{step}.part"
+    if ranks.rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed while it wrote
+        beside.mkdir()
+    ranks.wait()
+    try:
+        if not beside.is_dir():
+            raise InputError(f"process {ranks.rank} does not see {folder}: --output_dir must be one folder for all")
+        optimizer.save(beside / OPTIMIZER.format(ranks.rank + 1, ranks.count))
+        if ranks.rank == 0:
+            write_model(beside)
+            write_atomically(beside / STATE, json.dumps({"step": step, "job": job}, indent=2) + "\n")
+        ranks.wait()
+        if ranks.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
+            beside.rename(path)
+            for old in all_checkpoints(folder)[:-limit] if limit else []:
+                shutil.rmtree(old)
+    except BaseException:
+        if ranks.rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
+    ranks.wait()
+    return path
+
+
+def last_checkpoint(folder, job):
+    """(path, steps done) of the newest checkpoint, (None, 0) where there is none. InputError: it is of another job."""
+    found = all_checkpoints(folder)
+    if not found:
+        return None, 0
+    state = read_json(found[-1] / STATE)
+    for name, value in job.items():
+        if state["job"].get(name) != value:
+            raise InputError(
+                f"{found[-1]} was trained with {name} {state['job'].get(name)!r}, this command gives {value!r}: give "
+                "what it was trained with to go on, or another --output_dir"
+            )
+    return found[-1], state["step"]
+
+
+def rows_of_step_before(folder):
+    """Rows of a step of the run that a folder holds; 0 where it holds none."""
+    found = all_checkpoints(folder)
+    return read_json(found[-1] / STATE)["job"]["rows of a step"] if found else 0
+
+
+def load_optimizer(path, optimizer):
+    """Let the optimizer take what the processes of a checkpoint have saved, however many they were."""
+    optimizer.load(sorted(path.glob("optimizer-*.safetensors")))

@@ -1,0 +1,208 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Fine-tuning, one loop: rows of prepared data, the loss of their labels, AdamW, checkpoints that it goes on from."""
+
+import math
+import shutil
+import time
+import zlib
+from pathlib import Path
+
+from paddlemix.machine import half_dtype, peak_memory
+from paddlemix.processors.prompts import Prompts
+from paddlemix.utils import InputError, shown
+
+from .datasets import PreparedData, Rows, collate
+
+
+def train(settings, stop, progress=False):
+    """Train: an iterator of dicts, each with the "step" that it comes after.
+
+    Of every step "loss", "learning_rate", "grad_norm", "epoch", "tokens", "seconds", "tokens_per_second" and "memory"
+    (bytes, the peak of this process); where it is time, "eval_loss", "samples" (paths) or "checkpoint" (a path); and
+    "note", a line for the user, of which the first has "max_steps" as well. The first of several processes writes all
+    but the notes into log.jsonl.
+
+    Args:
+        settings: Settings.
+        stop: threading.Event. When it is set, the step that runs is given up, and a checkpoint of the last whole one is
+            written.
+        progress: show a progress bar while weights are read (on a terminal).
+
+    Raises:
+        InputError: what loading raises; data that does not fit the model; a checkpoint of another run; a loss or a
+            gradient that is not a number, with the rows that it came from: nothing is written then.
+    """
+    import paddle
+
+    from .checkpoints import last_checkpoint, load_optimizer, rows_of_step_before, save_checkpoint
+    from .curves import Log
+    from .loss import next_token_loss
+    from .optimizer import AdamW, cosine_with_min_lr
+    from .ranks import Ranks
+
+    ranks, folder, at_once = Ranks(), Path(settings.output_dir), settings.per_device_train_batch_size
+    folder.mkdir(parents=True, exist_ok=True)
+    config, prompts = open_model(settings)
+    data = PreparedData(settings.data_path, prompts.grammar.codebook_size)
+    rows = Rows(data, prompts, settings, config.max_position_embeddings)
+    asked = at_once * settings.gradient_accumulation_steps * ranks.count
+    count = rows_of_step_before(folder) or asked  # the steps stay what they were, whatever the number of processes
+    max_steps = settings.max_steps or math.ceil(settings.num_train_epochs * len(rows.trained) / count)
+    job = settings.job(len(data), count)
+    checkpoint, done = last_checkpoint(folder, job)
+    model, weights, write_model = load_model(settings, config, checkpoint, progress)
+    optimizer = AdamW(weights, settings.weight_decay, ranks)
+    if checkpoint:
+        load_optimizer(checkpoint, optimizer)
+    log = Log(folder, done) if ranks.rank == 0 else None
+
+    def event(step, **values):
+        if log and "note" not in values:
+            log.add(step=step, **values)
+        return {"step": step, **values}
+
+    def loss_of(some):
+        """The sum of the losses of some rows, which are padded to one length."""
+        return next_token_loss(model, *map(paddle.to_tensor, collate(some, prompts.grammar.pad)))
+
+    def save(step):
+        limit = settings.save_total_limit
+        path = save_checkpoint(folder, step, job, write_model, optimizer, ranks, limit)
+        if log:
+            log.draw()
+        return event(step, checkpoint=str(path))
+
+    shares = f"{len(rows.trained)} rows to train, {len(rows.held_out)} held out"
+    yield event(done, max_steps=max_steps, note=f"{shares}, {count} a step, {max_steps} steps")
+    if data.failed:
+        yield event(done, note=f"{data.failed} rows have an error in the data and are left out")
+    if count != asked:
+        yield event(done, note=f"a step keeps the {count} rows that it began with; these options give {asked}")
+    if checkpoint:
+        yield event(done, note=f"going on from {checkpoint}")
+    saved = done
+    for step in range(done, max_steps):
+        started = time.perf_counter()
+        paddle.seed(zlib.crc32(f"{settings.seed} {step} {ranks.rank}".encode()))  # of dropout
+        batch = rows.of_step(step, count)
+        labels, tokens = (sum(f(row) for row in batch) for f in (lambda r: r.num_labels, lambda r: len(r.ids)))
+        own = batch[ranks.rank :: ranks.count]
+        model.train()
+        loss, bad = 0.0, []
+        for first in range(0, len(own), at_once):
+            if stop.is_set():
+                break
+            some = own[first : first + at_once]
+            part = loss_of(some) / labels
+            part.backward()
+            loss += float(part)
+            bad += [] if math.isfinite(float(part)) else [row.id for row in some]
+        loss, stops = ranks.sum_numbers(loss, float(stop.is_set()))
+        if stops:
+            break
+        if not math.isfinite(loss):
+            refuse(step, "loss", loss, sum(ranks.gather(bad), []), checkpoint)
+        rate = cosine_with_min_lr(step, max_steps, settings.warmup_steps, settings.learning_rate,
+                                  settings.min_learning_rate)  # fmt: skip
+        norm = optimizer.step(rate, settings.max_grad_norm)
+        if not math.isfinite(norm):
+            refuse(step, "gradient", norm, [row.id for row in batch], checkpoint)
+        done, seconds = step + 1, time.perf_counter() - started
+        yield event(
+            done, loss=loss, learning_rate=rate, grad_norm=norm, epoch=done * count / len(rows.trained), tokens=tokens,
+            seconds=seconds, tokens_per_second=tokens / seconds, memory=peak_memory(),
+        )  # fmt: skip
+        is_last = done == max_steps
+        if done % settings.eval_steps == 0 or is_last:
+            model.eval()
+            if len(rows.held_out):
+                yield event(done, eval_loss=evaluate(rows.of_evaluation(), loss_of, at_once, ranks))
+            if settings.sample_prompt and ranks.rank == 0:
+                yield event(done, samples=draw_samples(settings, model, done))
+        if done % settings.save_steps == 0 or is_last:
+            saved = done
+            yield save(done)
+            checkpoint = folder / f"checkpoint-{done}"
+    if saved < done:
+        yield save(done)
+    if log:
+        log.close()
+
+
+def evaluate(rows, loss_of, at_once, ranks):
+    """The mean loss of the labels of rows."""
+    import paddle
+
+    own = rows[ranks.rank :: ranks.count]
+    with paddle.no_grad():
+        losses = [float(loss_of(own[first : first + at_once])) for first in range(0, len(own), at_once)]
+    loss, labels = ranks.sum_numbers(sum(losses), sum(row.num_labels for row in own))
+    return loss / labels
+
+
+def draw_samples(settings, model, step):
+    """Draw the sample prompts with the model as it is. Returns the paths of the pictures."""
+    from paddlemix.pipelines import Emu3Pipeline
+    from paddlemix.results import save_picture
+
+    emu3, folder = Emu3Pipeline(settings.model_path, settings.vq_model_path), Path(settings.output_dir) / "samples"
+    folder.mkdir(exist_ok=True)
+    emu3.model, paths = model, []
+    for i, image in enumerate(emu3.generate(list(settings.sample_prompt), seed=settings.seed)):
+        paths.append(folder / f"step_{step:06d}_{i}.png")
+        save_picture(image, paths[-1])
+    return list(map(str, paths))
+
+
+def refuse(step, what, value, ids, checkpoint):
+    """End a run whose numbers went bad."""
+    kept = f"{checkpoint} is the last good checkpoint" if checkpoint else "there is no checkpoint yet"
+    raise InputError(
+        f"the {what} of step {step + 1} is {value}, of the rows {shown(ids)}: {kept}; look at these rows, or take a "
+        "smaller learning_rate"
+    )
+
+
+def open_model(settings):
+    """(Emu3Config, Prompts) of the model that is trained, with what the settings change of it."""
+    from paddlemix.models.emu3 import Emu3Config, Emu3Tokenizer
+    from paddlemix.models.emu3.image_grammar import ImageGrammar
+
+    changes = {name: getattr(settings, name) for name in ("image_area", "max_position_embeddings")}
+    config = Emu3Config.from_pretrained(settings.model_path, **{k: v for k, v in changes.items() if v})
+    tokenizer = Emu3Tokenizer.from_pretrained(settings.model_path)
+    try:
+        config.check_tokenizer(tokenizer)
+    except InputError as error:
+        raise InputError(f"{settings.model_path}: {error}") from None
+    return config, Prompts(tokenizer, ImageGrammar.from_config(config, tokenizer.encode))
+
+
+def load_model(settings, config, checkpoint, progress):
+    """(Emu3ForCausalLM, {name: weight that is trained}, what writes it into a folder)"""
+    import paddle
+
+    from paddlemix.models.emu3 import Emu3ForCausalLM
+    from paddlemix.models.emu3.hub import fetch
+    from paddlemix.models.emu3.tokenization_emu3 import CONFIG_FILE, SPECIAL_TOKENS_FILE, VOCAB_FILE
+
+    dtype = settings.dtype or config.quantized_dtype or (
+        "float32" if paddle.get_device() == "cpu" else half_dtype()
+    )  # fmt: skip
+    if dtype == "float16":
+        raise InputError("this card has no bfloat16, and float16 cannot be trained: give dtype float32")
+    required, optional = [VOCAB_FILE, SPECIAL_TOKENS_FILE], [CONFIG_FILE, "generation_config.json"]
+    source = fetch(settings.model_path, required, optional)
+    path = checkpoint or settings.model_path
+    model = Emu3ForCausalLM.from_pretrained(path, dtype=dtype, config=config, progress=progress)
+    if settings.recompute:
+        model.recompute_enable()
+    weights = dict(model.named_parameters())
+
+    def write(folder):
+        model.save_pretrained(folder)
+        for name in required + optional:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+
+    return model, weights, write
