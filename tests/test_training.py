@@ -142,5 +142,5 @@ def test_steps_give_the_numbers_of_pytorch(pytorch, name, recompute, monkeypatch
         weights.values(), kept[f"{name}.norms"], kept[f"{name}.values"], places, strict=True
     ):
         weight = weight.numpy().ravel()
-        assert np.linalg.norm(weight.astype(np.float64)) == pytest.approx(norm, rel=1e-6)
+        assert np.linalg.norm(weight.astype(np.float64)) == pytest.approx(norm, rel=1e-5)
         assert np.abs(weight[at] - elements).max() < 2e-5
