@@ -30,8 +30,8 @@ class Ranks:
         except (RuntimeError, OSError) as error:  # what the backends raise, each its own
             reason = re.sub(r"^\W*/\S+\s*", "", " ".join(str(error).split()))[:80]
             raise InputError(
-                f"one of the {self.count} processes has ended or cannot be reached ({reason}): the same command goes on "
-                "from the last checkpoint, with any number of processes"
+                f"one of the {self.count} processes has ended or cannot be reached ({reason}): the same command goes "
+                "on from the last checkpoint, with any number of processes"
             ) from None
 
     def sum(self, tensors):
