@@ -33,6 +33,7 @@ ORDER = [
     ["paddlemix.models.emu3", "paddlemix.models"],
     ["paddlemix.processors"],
     ["paddlemix.pipelines"],
+    ["paddlemix.jobs"],
     ["paddlemix.training"],
     ["paddlemix.serving"],
     ["paddlemix.commands"],

@@ -324,7 +324,8 @@ def _settle_models(args):
     """The vision tokenizer where none is named, and a note on emu3-mini where a folder has that name."""
     from paddlemix.models.emu3.hub import MINI, matching_vision_tokenizer
 
-    if getattr(args, "vq_model_path", "") is None and args.model_path:
-        args.vq_model_path = matching_vision_tokenizer(args.model_path)
-    if args.model_path == MINI and Path(MINI).exists():
+    named = getattr(args, "model_path", None)
+    if getattr(args, "vq_model_path", "") is None and named:
+        args.vq_model_path = matching_vision_tokenizer(named)
+    if MINI in (named, getattr(args, "vq_model_path", None)) and Path(MINI).exists():
         note(f"{MINI} is the checkpoint that comes with the package; the folder of that name here is ./{MINI}")

@@ -1,2 +1,2 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Fine-tuning: prepared data to rows of ids and labels, and the training loop."""
+"""Fine-tuning: images and texts to token ids, rows of them with their labels, and the loop."""
