@@ -16,6 +16,7 @@ VERBS = {
     "understand": "image question answering",
     "autoencode": "reconstruct an image, or a video's frames, from its tokens",
     "serve": "a service for many at once: OpenAI's endpoints, and a page",
+    "merge": "write a checkpoint again with a LoRA adapter merged in",
     "quantize": "write a checkpoint again with int8 or int4 weights",
     "info": "list versions, device, operators and memory, and what a checkpoint needs of them",
 }
