@@ -18,6 +18,7 @@ VERBS = {
     "serve": "a service for many at once: OpenAI's endpoints, and a page",
     "prepare": "fine-tuning's data: images and texts to tokens, as Parquet",
     "train": "fine-tune a language model",
+    "merge": "write a checkpoint again with a LoRA adapter merged in",
     "quantize": "write a checkpoint again with int8 or int4 weights",
     "info": "list versions, device, operators and memory, and what a checkpoint needs of them",
 }

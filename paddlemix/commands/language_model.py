@@ -8,6 +8,8 @@ from .needs import step_parameters
 # enough without them, and no note is due.
 SLOW_BYTES = 100e6
 
+LORA_HELP = "a LoRA adapter of the language model, as `emu3 train` and PEFT write it: a folder or a hub name"
+
 
 def add_dtype(parser):
     parser.add_argument(
@@ -24,6 +26,7 @@ def add_model_paths(parser, default):
         "--vq_model_path",
         help="the vision tokenizer: a directory or a hub name (default: BAAI/Emu3-VisionTokenizer, or emu3-mini's own)",
     )
+    parser.add_argument("--lora_path", help=LORA_HELP)
 
 
 def make_pipeline(args, chat_template=None):
@@ -31,7 +34,9 @@ def make_pipeline(args, chat_template=None):
     from paddlemix.pipelines import Emu3Pipeline
 
     options = {} if chat_template is None else {"chat_template": chat_template}
-    return Emu3Pipeline(args.model_path, args.vq_model_path, args.dtype, progress=True, **options)
+    return Emu3Pipeline(
+        args.model_path, args.vq_model_path, args.dtype, progress=True, lora_path=args.lora_path, **options
+    )
 
 
 def note_dtype(emu3):

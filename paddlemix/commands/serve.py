@@ -17,7 +17,7 @@ from paddlemix.machine import start_paddle
 from paddlemix.utils import InputError, shown
 
 from .console import DEVICE_HELP, bare_parser, integer, note, number, say, to_stderr
-from .language_model import add_dtype, note_dtype
+from .language_model import LORA_HELP, add_dtype, note_dtype
 
 KEY = "EMU3_API_KEY"
 LEAST = {"max_batch": 1, "max_queue": 1, "max_pixels": 64, "max_tokens": 1, "max_body": 0.001, "max_seconds": 1,
@@ -30,6 +30,10 @@ def parser(prog=None):
     parser.add_argument(
         "--chat_model_path", help="the model that answers, likewise; the same as --model_path is loaded once (default: "
         "none, and of emu3-mini itself)"
+    )  # fmt: skip
+    parser.add_argument("--lora_path", help=f"of --model_path: {LORA_HELP}")
+    parser.add_argument(
+        "--chat_lora_path", help="the same of --chat_model_path (default: none; where both models are one, --lora_path)"
     )  # fmt: skip
     parser.add_argument(
         "--vq_model_path", dest="vision_path",
@@ -156,18 +160,27 @@ def make_pipelines(args):
     from paddlemix.pipelines import Emu3Pipeline
 
     chat_path = args.chat_model_path or (MINI if args.model_path == MINI else None)
+    chat_lora = args.lora_path if args.chat_lora_path is None and chat_path == args.model_path else args.chat_lora_path
     pipelines, names, paths = {}, {}, {}
-    for path, task in ((args.model_path, "draw"), (chat_path, "chat")):
+    for path, lora, task in ((args.model_path, args.lora_path, "draw"), (chat_path, chat_lora, "chat")):
+        if not path and lora is not None:
+            raise InputError(f"there is no model that {shown(lora)} could belong to: give its path as well")
         if not path:
             continue
-        name = os.path.basename(os.path.abspath(path)) if os.path.isdir(path) and path != MINI else path
-        if paths.setdefault(name, path) != path:
+        name = MINI if path == MINI else folder_name(path)
+        name = name if lora is None else f"{name}+{folder_name(lora)}"
+        if paths.setdefault(name, (path, lora)) != (path, lora):
             raise InputError(f"two models are called {shown(name)}: give one folder another name")
         if name not in pipelines:
-            pipelines[name] = Emu3Pipeline(path, args.vision_path, args.dtype, progress=True)
+            pipelines[name] = Emu3Pipeline(path, args.vision_path, args.dtype, progress=True, lora_path=lora)
             note_dtype(pipelines[name])  # which reads its config.json: a mistyped name is told here
         names.setdefault(name, []).append(task)
     return pipelines, names
+
+
+def folder_name(path):
+    """The name of a folder without the way to it; a hub name stays what it is."""
+    return os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else path
 
 
 def listen(host, port):

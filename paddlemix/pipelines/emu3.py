@@ -12,6 +12,7 @@ from functools import cached_property
 from math import gcd, isqrt
 
 from paddlemix import machine
+from paddlemix.models.emu3.adapter import LoraConfig
 from paddlemix.models.emu3.configuration_emu3 import (
     CONFIG_NAME,
     GENERATION_CONFIG,
@@ -42,11 +43,16 @@ class Emu3Pipeline:
             a card without it), and of a quantized checkpoint what it holds. A CPU takes float32 in place of float16.
         chat_template: of questions, with {image_prompt} and {text_prompt} once each.
         progress: show a progress bar while weights are read (on a terminal).
+        lora_path: a LoRA adapter of the language model in PEFT's layout, a directory or a hub name.
     """
 
-    def __init__(self, model_path=None, vq_model_path=None, dtype=None, chat_template=CHAT_TEMPLATE, progress=False):
+    def __init__(
+        self, model_path=None, vq_model_path=None, dtype=None, chat_template=CHAT_TEMPLATE, progress=False,
+        lora_path=None,
+    ):  # fmt: skip
         check_chat_template(chat_template)
         self.model_path, self.chat_template, self.progress = model_path, chat_template, progress
+        self.lora_path = lora_path
         self.vq_model_path = vq_model_path or matching_vision_tokenizer(model_path)
         self.asked_dtype = dtype
 
@@ -72,7 +78,10 @@ class Emu3Pipeline:
         """The language model's Emu3Config."""
         if self.model_path is None:
             raise InputError("this pipeline has no language model: give model_path")
-        return Emu3Config.from_pretrained(self.model_path)
+        config = Emu3Config.from_pretrained(self.model_path)
+        if self.lora_path is not None:
+            LoraConfig.from_pretrained(self.lora_path)  # a mistake in its name is told as early
+        return config
 
     @cached_property
     def defaults(self):
@@ -122,7 +131,9 @@ class Emu3Pipeline:
     def model(self):
         from paddlemix.models.emu3 import Emu3ForCausalLM
 
-        return Emu3ForCausalLM.from_pretrained(self.model_path, dtype=self.dtype, progress=self.progress)
+        return Emu3ForCausalLM.from_pretrained(
+            self.model_path, dtype=self.dtype, progress=self.progress, lora_path=self.lora_path
+        )
 
     @contextmanager
     def loading_model(self, beside=0):
@@ -140,7 +151,7 @@ class Emu3Pipeline:
 
         from paddlemix.models.emu3 import Emu3ForCausalLM
 
-        checkpoint = Emu3ForCausalLM.open_pretrained(self.model_path, dtype=self.dtype)
+        checkpoint = Emu3ForCausalLM.open_pretrained(self.model_path, dtype=self.dtype, lora_path=self.lora_path)
         purpose = f"for {self.model_path} in {self.dtype} and for pictures that are encoded beside it"
         machine.require_memory(checkpoint.size + beside, purpose)
         device = paddle.get_device()

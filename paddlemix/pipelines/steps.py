@@ -79,10 +79,11 @@ class Generation:
 
     def metadata(self, i):
         """What belongs into the file of picture `i`: all that is needed to draw it again."""
+        lora = {} if self.pipeline.lora_path is None else {"lora_path": str(self.pipeline.lora_path)}
         return {
             "prompt": self.prompts[i], "negative_prompt": self.negative_prompt, "ratio": self.ratios[i],
             "seed": self.seed, "image": i, "images": len(self.prompts), **self.values,
-            "model_path": self.pipeline.model_path, "vq_model_path": self.pipeline.vq_model_path,
+            "model_path": self.pipeline.model_path, **lora, "vq_model_path": self.pipeline.vq_model_path,
             "dtype": self.pipeline.model.weight_dtype,
         }  # fmt: skip
 

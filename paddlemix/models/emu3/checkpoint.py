@@ -17,6 +17,7 @@ from paddlemix.machine import half_dtype, require_memory
 from paddlemix.paddle_private import is_parameter, share, to_array
 from paddlemix.utils import InputError, read_json, replacing
 
+from .adapter import Adapter
 from .configuration_emu3 import CONFIG_NAME, QUANTIZATIONS
 from .hub import PICKLE_SUFFIXES, at_revision, fetch, local_directory, refuse_pickle
 from .safetensors_file import DTYPES, SafetensorsFile, write_safetensors
@@ -80,7 +81,9 @@ class CheckpointMixin:
     repeated = {}
 
     @classmethod
-    def from_pretrained(cls, name_or_path, dtype=None, config=None, progress=True, revision=None, **overrides):
+    def from_pretrained(
+        cls, name_or_path, dtype=None, config=None, progress=True, revision=None, lora_path=None, **overrides
+    ):
         """A model with the weights of a checkpoint in the released layout, in eval mode.
 
         Args:
@@ -93,16 +96,18 @@ class CheckpointMixin:
             config: a configuration in place of the checkpoint's.
             progress: show a progress bar (on a terminal).
             revision: of a hub name, a branch, a tag or a commit; "NAME@REVISION" is the same.
+            lora_path: a LoRA adapter in PEFT's layout, a directory or a hub name. It is merged into the weights while
+                they are read, before they are cast or quantized; beside those of a quantized checkpoint it is kept.
             overrides: configuration values in place of the checkpoint's.
 
         Raises:
             InputError (a ValueError): files missing, truncated, corrupt, or of another model; not enough memory;
                 a dtype that the device cannot compute with.
         """
-        return cls.open_pretrained(name_or_path, dtype, config, revision, **overrides).read(progress)
+        return cls.open_pretrained(name_or_path, dtype, config, revision, lora_path, **overrides).read(progress)
 
     @classmethod
-    def open_pretrained(cls, name_or_path, dtype=None, config=None, revision=None, **overrides):
+    def open_pretrained(cls, name_or_path, dtype=None, config=None, revision=None, lora_path=None, **overrides):
         """What `from_pretrained` does before it reads the weights -> OpenCheckpoint. Arguments and errors as there."""
         import paddle
 
@@ -120,6 +125,7 @@ class CheckpointMixin:
         if quantized and dtype not in (None, quantized):
             raise InputError(f"{name_or_path} is {quantized}, it cannot become {dtype}: take what it was made from")
         dtype = quantized or dtype or "float32"
+        adapter = None if lora_path is None else Adapter.read(lora_path)
         # The headers come first where they are here: no number of config.json makes more layers than there are weights.
         is_here = weights_are_here(name_or_path, cls.config_class.part)
         weights = _open_checked(cls, name_or_path, config) if is_here else {}
@@ -129,10 +135,12 @@ class CheckpointMixin:
                 in_files, quantize = model._checkpoint_state(), dtype in QUANTIZATIONS and not quantized
                 if quantize:
                     model = cls(config.quantized(dtype))
-            checkpoint = OpenCheckpoint(model, weights, dtype, quantize)
+            checkpoint = OpenCheckpoint(model, weights, dtype, quantize, adapter)
             require_memory(checkpoint.size, f"in {dtype} for {name_or_path}")
             checkpoint.weights = weights = weights or _open_checked(cls, name_or_path, config)
             _check_names_and_shapes(name_or_path, in_files, weights, model.tied_weights)
+            if adapter:
+                adapter.check(checkpoint.linear_shapes())
         except BaseException:
             _close(weights)
             raise
@@ -142,7 +150,12 @@ class CheckpointMixin:
         """Write config.json and safetensors in the released layout, in shards where they are larger than given.
 
         The original's own loader and transformers-style tools read the result.
+
+        Raises:
+            InputError: the model has a LoRA adapter, which these files have no place for.
         """
+        if any(name.endswith(".lora_A") for name in self.state_dict()):
+            raise InputError("the model has a LoRA adapter: save_lora writes it, `emu3 merge` makes a checkpoint of it")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         state = self._checkpoint_state()
@@ -195,12 +208,13 @@ class OpenCheckpoint:
         weights: {tensor name: SafetensorsFile}.
         dtype: of the parameters.
         quantize: into int8 or int4 while they are read.
+        adapter: Adapter, or None.
     """
 
-    def __init__(self, model, weights, dtype, quantize):
-        self.model, self.weights, self.dtype, self.quantize = model, weights, dtype, quantize
+    def __init__(self, model, weights, dtype, quantize, adapter=None):
+        self.model, self.weights, self.dtype, self.quantize, self.adapter = model, weights, dtype, quantize, adapter
         self.state, self.layers = model._checkpoint_state(), model._layers_of_weights()
-        self.size, self.stopped = _size(self.state, dtype), False
+        self.size, self.stopped = _size(self.state, dtype) + (adapter.num_bytes if adapter else 0), False
 
     def read(self, progress=True):
         """The model in eval mode, with its weights. InputError: they are corrupt. CancelledError: `stop` was called."""
@@ -216,13 +230,36 @@ class OpenCheckpoint:
             bar.update(size)
 
         with contextlib.closing(self), bar:
+            self._merge_adapter()
             # in the order of the files, so that each is read from its start to its end
             for name in sorted(weights, key=lambda n: (str(weights[n].path), weights[n].offsets[n])):
                 if name + "_scale" in self.state and self.quantize:
                     self.layers[name].quantize_from(weights[name], name, count)
                 elif name in self.state:
                     _assign(self.state[name], weights[name], name, self.dtype, count)
+            self._keep_adapter()
         return self.model.eval()
+
+    def linear_shapes(self):
+        """{name of a linear layer: [out, in]}"""
+        layers = {name.removesuffix(".weight"): layer for name, layer in self.layers.items() if name in self.state}
+        return {
+            name: [layer.weight.shape[0], layer.in_features]
+            for name, layer in layers.items()
+            if hasattr(layer, "add_lora")
+        }
+
+    def _merge_adapter(self):
+        """Let the adapter be added to what the files hold."""
+        if self.adapter and (self.quantize or self.dtype not in QUANTIZATIONS):
+            for name in self.adapter.pairs:
+                self.weights[f"{name}.weight"].deltas[f"{name}.weight"] = self.adapter.delta(name)
+
+    def _keep_adapter(self):
+        """Put the adapter beside weights that are int8 or int4 in the files: rounded again, they would lose it."""
+        if self.adapter and not self.quantize and self.dtype in QUANTIZATIONS:
+            for name, pair in self.adapter.pairs.items():
+                self.layers[f"{name}.weight"].add_lora(*pair, self.adapter.config)
 
     def stop(self):
         """Let `read` end, which another thread is in, after a few megabytes."""

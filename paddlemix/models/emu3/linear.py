@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 from paddle import nn
 
 from paddlemix.external_ops.few_rows_linear import few_rows_linear, quantize
@@ -25,7 +26,7 @@ class Emu3Linear(nn.Layer):
     """A linear layer without bias whose weight is [out, in], as in the checkpoint.
 
     Where config.quantization_config says so, it is int8 with a scale for each output, or int4 with a scale for each
-    output and group of inputs, two in a byte (few_rows_linear tells the order).
+    output and group of inputs, two in a byte (few_rows_linear tells the order). `add_lora` puts an adapter beside it.
     """
 
     def __init__(self, config, in_features, out_features):
@@ -43,13 +44,34 @@ class Emu3Linear(nn.Layer):
         if scales:
             self.weight_scale = self.create_parameter(scales, dtype="float32", default_initializer=initializer)
             self.weight.stop_gradient = self.weight_scale.stop_gradient = True
+        self.lora_A = self.lora_B = None
 
     def forward(self, x, rows=None):
         """x [..., in] -> [..., out]; `rows`, a slice, takes these outputs alone."""
         weight, scale = self.weight, self.weight_scale
         if rows is not None:
             weight, scale = weight[rows], None if scale is None else scale[rows]
-        return linear(x, weight, scale)
+        y = linear(x, weight, scale)
+        return y if self.lora_A is None else y + self._lora(x, rows).astype(y.dtype)
+
+    def add_lora(self, a, b, config):
+        """Put a LoRA adapter beside the weight, which gets no gradient from now on.
+
+        Args:
+            a, b: float32 arrays [rank, in] and [out, rank].
+            config: its LoraConfig.
+        """
+        self.weight.stop_gradient = True
+        self.lora_config = config
+        self.lora_A, self.lora_B = (
+            self.create_parameter(list(x.shape), default_initializer=nn.initializer.Assign(x)) for x in (a, b)
+        )
+
+    def _lora(self, x, rows):
+        """In float32, whatever the weight is of."""
+        x = F.dropout(x.astype("float32"), self.lora_config.dropout, training=self.training)
+        b = self.lora_B if rows is None else self.lora_B[rows]
+        return linear(linear(x, self.lora_A), b) * self.lora_config.scale
 
     def quantize_from(self, file, name, on_bytes):
         """Take the float tensor [out, in] of a SafetensorsFile, quantized some rows at a time while it is read."""

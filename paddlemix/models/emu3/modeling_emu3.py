@@ -104,7 +104,7 @@ class Emu3DecoderLayer(nn.Layer):
         norms, linears = self._parts()
         return (
             all(_is_plain(part, Emu3RMSNorm) and part.weight.dtype != paddle.float64 for part in norms)
-            and all(_is_plain(part, Emu3Linear) for part in linears)
+            and all(_is_plain(part, Emu3Linear) and part.lora_A is None for part in linears)
             and len({part.weight.dtype for part in linears}) == len({part.eps for part in norms}) == 1
         )
 

@@ -55,6 +55,7 @@ class SafetensorsFile:
             self.sizes[name] = math.prod(self.shapes[name]) * np.dtype(DTYPES[self.dtypes[name]]).itemsize
             offset += self.sizes[name]
         self.asked = self.released = 0
+        self.deltas = {}  # {tensor name: adapter.Delta}, added to its rows while they are read
 
     def read(self, name, dtype, on_bytes=lambda n: None):
         """The tensor as a new numpy array of `dtype`.
@@ -83,21 +84,24 @@ class SafetensorsFile:
         return np.ndarray(math.prod(self.shapes[name]), DTYPES[self.dtypes[name]], self.map, self.offsets[name])
 
     def chunks(self, name, dtype, multiple, on_bytes=lambda n: None):
-        """(first, array): a tensor's numbers in parts of a multiple of `multiple`, views of the file, fit for `dtype`.
+        """(first, array): a tensor's numbers in parts of a multiple of `multiple`, views of the file, fit for `dtype`;
+        or float32 and of whole rows where there is something to add.
 
         InputError where a part holds NaN, infinity, or numbers that are infinite in `dtype`.
         """
-        source, unreleased = self._array(name), 0
+        source, unreleased, delta = self._array(name), 0, self.deltas.get(name)
+        multiple = multiple if delta is None else self.shapes[name][1]
         step = max(1, CHUNK_BYTES // (source.itemsize * multiple)) * multiple
         for start in range(0, source.size, step):
-            chunk = source[start : start + step]
+            part = source[start : start + step]
             self._ask(self.offsets[name] + start * source.itemsize)
+            chunk = part if delta is None else delta.added_to(part, start)
             self._check_range(name, chunk, dtype)
             yield start, chunk
-            on_bytes(chunk.nbytes)
-            unreleased += chunk.nbytes
+            on_bytes(part.nbytes)
+            unreleased += part.nbytes
             if unreleased >= RELEASE_BYTES:
-                self._release(self.offsets[name] + (start + chunk.size) * source.itemsize)
+                self._release(self.offsets[name] + (start + part.size) * source.itemsize)
                 unreleased = 0
         self._release(self.offsets[name] + source.nbytes)
 
