@@ -207,6 +207,25 @@ def test_16_bit_weights_have_float32_masters(data, tmp_path):
         assert bool((master != weight.astype("float32")).any()), name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int4"])
+def test_adapters_are_trained_and_gone_on_with(data, tmp_path, dtype):
+    """In PEFT's files: the model is not written, and a run that was cut off gives the same bytes."""
+    how = {"lora": True, "lora_rank": 4, "lora_dropout": 0.1, "dtype": dtype, "save_steps": 2, "max_steps": 3}
+    whole = run(settings_of(data, tmp_path / "whole", **how))
+    assert numbers(whole)[0]["loss"] > numbers(whole)[-1]["loss"]
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "cut" / "checkpoint-2")
+    assert numbers(run(settings_of(data, tmp_path / "cut", **how))) == numbers(whole)[2:]
+    ends = [path / "checkpoint-3" for path in (tmp_path / "whole", tmp_path / "cut")]
+    optimizer = "optimizer-00001-of-00001.safetensors"
+    names = ["adapter_config.json", "adapter_model.safetensors", optimizer, "training.json"]
+    assert sorted(os.listdir(ends[0])) == names
+    for name in names:
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes(), name
+    adapter = load_file(ends[0] / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 7 * 6 and all(np.abs(array).max() > 0 for array in adapter.values())
+
+
 def test_a_run_draws_samples_and_curves(data, tmp_path):
     from PIL import Image
 

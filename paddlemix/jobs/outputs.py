@@ -10,6 +10,7 @@ from pathlib import Path
 from paddlemix.utils import InputError, read_json, replacing, write_atomically
 
 JOB = "job.json"
+ROWS_A_GROUP = 32  # that are read together: training reads them in an order of its own
 KEEP_EVERY = 30  # seconds: what a kill can cost
 
 
@@ -125,7 +126,7 @@ class Shards:
         table = pyarrow.concat_tables([self.table, pyarrow.Table.from_pylist(self.rows, self.schema)])
         try:
             with replacing(self._path()) as temporary:
-                parquet.write_table(table, temporary, compression="zstd")
+                parquet.write_table(table, temporary, compression="zstd", row_group_size=ROWS_A_GROUP)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else error
             raise InputError(

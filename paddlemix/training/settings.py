@@ -48,9 +48,10 @@ class Settings:
     recompute: bool = setting(False, "compute activations again in the backward pass: far less memory, more time")
     lora: bool = setting(False, "train low-rank adapters, and leave the model as it is")
     lora_rank: int = setting(8, "of the adapters", 1)
-    lora_alpha: float = setting(16.0, "the adapters count alpha / rank times", 0, 1e6)
+    lora_alpha: float = setting(16.0, "the adapters count alpha / rank times", 1e-6, 1e6)
     lora_dropout: float = setting(0.0, "of what the adapters see", 0, 0.999)
-    lora_target_modules: tuple = setting((), "the linear layers that get one, such as q_proj (default: all seven)")
+    lora_target_modules: tuple = setting((), "names of the linear layers that get one (default: q_proj k_proj v_proj "
+                                         "o_proj gate_proj up_proj down_proj)")  # fmt: skip
     save_steps: int = setting(500, "between two checkpoints", 1)
     save_total_limit: int = setting(10, "so many checkpoints are kept; 0: all", 0)
     eval_rows: int = setting(0, "rows that are held out, for the loss of what is not trained", 0)
@@ -82,12 +83,22 @@ class Settings:
             )
         if not self.max_steps and not self.num_train_epochs:
             raise InputError("max_steps and num_train_epochs are 0: give one of them")
+        if self.lora:
+            _ = self.lora_config  # which refuses what cannot be
         if self.dtype in ("int8", "int4") and not self.lora:
             raise InputError(f"{self.dtype} weights cannot be trained: add --lora, or take float32 or bfloat16")
 
     @property
     def loss_on(self):
         return LOSS_ON[self.apply_loss_on_only_vision, self.apply_loss_on_only_text]
+
+    @property
+    def lora_config(self):
+        from paddlemix.models.emu3.adapter import PROJECTIONS, LoraConfig
+
+        targets = self.lora_target_modules
+        targets = targets[0] if targets in (("all-linear",),) else targets or PROJECTIONS
+        return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, targets)
 
     def job(self, rows, rows_of_step):
         """What decides the numbers of a run: a checkpoint of other values is not gone on with."""

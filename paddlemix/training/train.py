@@ -184,6 +184,7 @@ def load_model(settings, config, checkpoint, progress):
 
     from paddlemix.models.emu3 import Emu3ForCausalLM
     from paddlemix.models.emu3.hub import fetch
+    from paddlemix.models.emu3.lora import apply_lora, load_lora, lora_state, save_lora
     from paddlemix.models.emu3.tokenization_emu3 import CONFIG_FILE, SPECIAL_TOKENS_FILE, VOCAB_FILE
 
     dtype = settings.dtype or config.quantized_dtype or (
@@ -193,16 +194,22 @@ def load_model(settings, config, checkpoint, progress):
         raise InputError("this card has no bfloat16, and float16 cannot be trained: give dtype float32")
     required, optional = [VOCAB_FILE, SPECIAL_TOKENS_FILE], [CONFIG_FILE, "generation_config.json"]
     source = fetch(settings.model_path, required, optional)
-    path = checkpoint or settings.model_path
+    path = settings.model_path if settings.lora else checkpoint or settings.model_path
     model = Emu3ForCausalLM.from_pretrained(path, dtype=dtype, config=config, progress=progress)
     if settings.recompute:
         model.recompute_enable()
-    weights = dict(model.named_parameters())
+    if settings.lora and checkpoint:
+        load_lora(model, checkpoint)
+    elif settings.lora:
+        apply_lora(model, settings.lora_config, settings.seed)
 
     def write(folder):
+        if settings.lora:
+            save_lora(model, folder, settings.model_path)
+            return
         model.save_pretrained(folder)
         for name in required + optional:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
 
-    return model, weights, write
+    return model, lora_state(model) if settings.lora else dict(model.named_parameters()), write
