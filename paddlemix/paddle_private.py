@@ -63,6 +63,11 @@ def is_untouched(layer):
     return not layer.training and not hooked
 
 
+def after_backward(parameter, function):
+    """Call `function` in every backward pass as soon as the parameter's gradient is whole."""
+    parameter._register_backward_hook(lambda *_: function())
+
+
 def is_parameter(tensor):
     import paddle
 

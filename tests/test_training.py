@@ -119,14 +119,14 @@ def test_steps_give_the_numbers_of_pytorch(pytorch, name, recompute, monkeypatch
         loss = 0.0
         for rows in about["micro_batches"]:
             part = next_token_loss(model, ids[rows], labels[rows]) / count
-            part.backward()
+            optimizer.backward(part)
             loss += float(part)
         if step == 0:
             assert loss == pytest.approx(float(kept["loss"]), rel=1e-5)
-            for weight, norm, elements, at in zip(
-                weights.values(), kept["gradient_norms"], kept["gradient"], places, strict=True
+            for name_of_weight, norm, elements, at in zip(
+                weights, kept["gradient_norms"], kept["gradient"], places, strict=True
             ):
-                gradient = weight.grad.numpy().ravel()
+                gradient = optimizer.gradients[name_of_weight].numpy().ravel()
                 assert np.linalg.norm(gradient.astype(np.float64)) == pytest.approx(norm, rel=1e-4)
                 assert np.abs(gradient[at] - elements).max() < 5e-4 * np.abs(elements).max()  # PyTorch: 6e-5
         rate = cosine_with_min_lr(
@@ -299,7 +299,9 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(data, tmp_path):
     ).stdout.split()[-1]  # fmt: skip
     os.kill(int(second), signal.SIGKILL)
     out, _ = job.communicate(timeout=60)
-    assert job.returncode and "error: one of the 2 processes has ended" in out and "Traceback" not in out
+    # whichever of the two is first: the process that waits for the other one, or the launcher that ends it
+    line = "error: one of the 2 processes has ended" in out or "Container rank 1 status failed" in out
+    assert job.returncode and line and "Traceback" not in out, out
 
     for which, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         done = len(lines_of(folder))

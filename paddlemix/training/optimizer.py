@@ -2,11 +2,13 @@
 """AdamW with float32 masters, each process the owner of a part of the weights; learning rates; clipping."""
 
 import math
+from functools import partial
 
 import numpy as np
 import paddle
 
 from paddlemix.models.emu3.safetensors_file import SafetensorsFile, write_safetensors
+from paddlemix.paddle_private import after_backward
 from paddlemix.utils import InputError, replacing
 
 BETAS, EPSILON = (0.9, 0.95), 1e-6  # the original's
@@ -29,9 +31,10 @@ def cosine_with_min_lr(step, max_steps, warmup_steps, learning_rate, min_learnin
 class AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) for the weights that want a gradient.
 
-    A weight of 16 bits has a float32 master, from which it is rounded after each step. With several processes each one
-    keeps masters and moments of its own weights alone (ZeRO, arXiv 1910.02054, stage 1), and the others take theirs
-    from it.
+    With several processes each one owns a part of the weights (ZeRO, arXiv 1910.02054, stage 2): it alone keeps their
+    gradients, summed in float32, their moments and, of weights of 16 bits, float32 masters. A backward pass hands each
+    gradient to the owner as soon as it is there. So every process makes the same number of backward passes, and each
+    of them reaches all the weights.
 
     Args:
         weights: {name: parameter}.
@@ -40,10 +43,11 @@ class AdamW:
     """
 
     def __init__(self, weights, weight_decay, ranks):
-        self.weights, self.ranks = weights, ranks
+        self.weights, self.ranks, self.gradients, self.fault = weights, ranks, {}, None
         self.owners = _owners(weights, ranks.count)
         self.masters = {}
         for name, weight in weights.items():
+            after_backward(weight, partial(self._collect, name))
             if self.owners[name] == ranks.rank:
                 self.masters[name] = weight if weight.dtype == paddle.float32 else _float32_copy(weight)
         self.names = {master.name: name for name, master in self.masters.items()}
@@ -53,32 +57,52 @@ class AdamW:
             apply_decay_param_fun=decayed.__contains__,
         )  # fmt: skip
 
+    def backward(self, loss):
+        """A backward pass; its gradients are added to those of the passes before."""
+        loss.backward()
+        if self.fault:
+            raise self.fault
+
+    def _collect(self, name):
+        """Hand over a gradient of the backward pass. No error may pass through Paddle's."""
+        try:
+            if not self.fault:
+                self._hand_over(name)
+        except Exception as error:
+            self.fault = error
+
+    @paddle.no_grad()
+    def _hand_over(self, name):
+        weight = self.weights[name]
+        gradient = weight.grad.clone().astype("float32")  # a copy: the memory of the other one is given back
+        weight.clear_gradient(False)
+        self.ranks.reduce(gradient, self.owners[name])
+        if name in self.gradients:
+            self.gradients[name].add_(gradient)
+        elif name in self.masters:
+            self.gradients[name] = gradient
+
     @paddle.no_grad()
     def step(self, learning_rate, max_norm):
-        """Sum the gradients of all processes, cut their norm to `max_norm`, and change the weights.
+        """Cut the norm of the gradients of all backward passes since the last step to `max_norm`, and change the
+        weights.
 
         Returns:
             the norm before that, a float; where it is not finite nothing has changed.
         """
-        for weight in self.weights.values():
-            if weight.grad is None:  # no label of this process depends on it
-                weight.grad = paddle.zeros_like(weight)
-        gradients = {name: weight.grad for name, weight in self.weights.items()}
-        for dtype in {gradient.dtype for gradient in gradients.values()}:
-            self.ranks.sum([gradient for gradient in gradients.values() if gradient.dtype == dtype])
-        own = [gradients[name].astype("float32") for name in self.masters]
-        squares = sum(float((gradient * gradient).sum()) for gradient in own)
+        squares = sum(float((gradient * gradient).sum()) for gradient in self.gradients.values())
         norm = math.sqrt(self.ranks.sum_numbers(squares)[0])
-        if math.isfinite(norm):
+        if math.isfinite(norm) and self.masters:
             scale = min(1.0, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ has it
-            for master, gradient in zip(self.masters.values(), own, strict=True):
-                master.grad = gradient.scale_(scale) if scale < 1 else gradient
-            if self.masters:
-                self.adamw.set_lr(learning_rate)
-                self.adamw.step()
+            for name, gradient in self.gradients.items():
+                self.masters[name].grad = gradient.scale_(scale) if scale < 1 else gradient
+            self.adamw.set_lr(learning_rate)
+            self.adamw.step()
+            for master in self.masters.values():
+                master.clear_gradient(False)
+        self.gradients = {}
+        if math.isfinite(norm):
             self._share()
-        for weight in (*self.weights.values(), *self.masters.values()):
-            weight.clear_gradient(False)  # its memory too
         return norm
 
     def _share(self):

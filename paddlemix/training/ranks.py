@@ -8,8 +8,6 @@ import paddle
 
 from paddlemix.utils import InputError
 
-BUCKET = 1 << 24  # numbers that go in one message
-
 
 class Ranks:
     """The processes of `python -m paddle.distributed.launch`, or this one by itself.
@@ -34,22 +32,10 @@ class Ranks:
                 "on from the last checkpoint, with any number of processes"
             ) from None
 
-    def sum(self, tensors):
-        """Tensors of one dtype, each becomes the sum of all processes'; in place."""
-        if self.count == 1 or not tensors:
-            return
-        start = 0
-        while start < len(tensors):
-            stop, size = start, 0
-            while stop < len(tensors) and (stop == start or size + tensors[stop].size <= BUCKET):
-                size += tensors[stop].size
-                stop += 1
-            flat = paddle.concat([tensor.flatten() for tensor in tensors[start:stop]])
-            self._call(paddle.distributed.all_reduce, flat)
-            parts = flat.split([tensor.size for tensor in tensors[start:stop]])
-            for tensor, part in zip(tensors[start:stop], parts, strict=True):
-                tensor.set_value(part.reshape(tensor.shape))
-            start = stop
+    def reduce(self, tensor, owner):
+        """The sum of everyone's tensor, in the owner's; what the others' holds then is not defined."""
+        if self.count > 1:
+            self._call(paddle.distributed.reduce, tensor, dst=owner)
 
     def sum_numbers(self, *numbers):
         """The sum of each number over all processes, float64."""

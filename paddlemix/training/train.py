@@ -89,17 +89,17 @@ def train(settings, stop, progress=False):
         own = batch[ranks.rank :: ranks.count]
         model.train()
         loss, bad = 0.0, []
-        for first in range(0, len(own), at_once):
-            if stop.is_set():
+        for first in range(0, math.ceil(len(batch) / ranks.count), at_once):  # as many backward passes for everyone
+            if stops := ranks.sum_numbers(float(stop.is_set()))[0]:
                 break
             some = own[first : first + at_once]
-            part = loss_of(some) / labels
-            part.backward()
+            part = loss_of(some or batch[:1]) / labels * bool(some)
+            optimizer.backward(part)
             loss += float(part)
             bad += [] if math.isfinite(float(part)) else [row.id for row in some]
-        loss, stops = ranks.sum_numbers(loss, float(stop.is_set()))
         if stops:
             break
+        loss = ranks.sum_numbers(loss)[0]
         if not math.isfinite(loss):
             refuse(step, "loss", loss, sum(ranks.gather(bad), []), checkpoint)
         rate = cosine_with_min_lr(step, max_steps, settings.warmup_steps, settings.learning_rate,
