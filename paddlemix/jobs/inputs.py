@@ -70,9 +70,10 @@ class Source:
     """
 
     def __init__(self, path, label):
-        self.path, self.label, self.folder = path, label, path if path.is_dir() else path.parent
-        start = b"" if path.is_dir() else first_bytes(path)
-        self.reader = read_images if path.is_dir() else READERS.get(path.suffix.lower())
+        self.path, self.label, self.is_folder = path, label, path.is_dir()
+        self.folder = path if self.is_folder else path.parent
+        start = b"" if self.is_folder else first_bytes(path)
+        self.reader = read_images if self.is_folder else READERS.get(path.suffix.lower())
         if self.reader is None:
             raise InputError(f"{path}: accepted are {', '.join(READERS)}, or a folder of images with .txt files")
         self.count, crc = 0, zlib.crc32(start)
@@ -80,13 +81,13 @@ class Source:
             self.count += 1
             crc = zlib.crc32(str(place).encode("utf-8", "surrogateescape"), crc)
         if not self.count:
-            raise InputError(f"{path} holds no {'image' if path.is_dir() else 'row'}: {_advice(path)}")
-        size = "" if path.is_dir() else f"{path.stat().st_size} bytes, "
+            raise InputError(f"{path} holds no {'image' if self.is_folder else 'row'}: {_advice(path)}")
+        size = "" if self.is_folder else f"{path.stat().st_size} bytes, "
         self.identity = printable(f"{path.name}: {size}{self.count} rows, {crc:08x}")
 
     def row(self, place, load, taken):
         """The Row at a place; its id joins those that are taken."""
-        row = Row(printable(f"{self.path}{'/' if self.path.is_dir() else ':'}{place}"), self.folder)
+        row = Row(printable(f"{self.path}{'/' if self.is_folder else ':'}{place}"), self.folder)
         try:
             values = load()
             if not isinstance(values, dict):
@@ -94,7 +95,7 @@ class Source:
             name = values.get("id", values.get("name"))
             if name is None:
                 name = f"{self.label}-{place}"
-            elif self.path.is_dir() and self.label:
+            elif self.is_folder and self.label:
                 name = f"{self.label}/{name}"
             name = text_of("id", str(name) if type(name) is int else name)
             if name in taken:
