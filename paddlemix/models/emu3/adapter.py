@@ -166,6 +166,8 @@ class Adapter:
         file, arrays = SafetensorsFile(path), {}
         try:
             for name in sorted(file.shapes):
+                if name.endswith(".base_layer.weight"):  # PEFT's copy of the head's own weight
+                    continue
                 match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])(?:\.default)?\.weight", name)
                 if not match or len(file.shapes[name]) != 2 or "int" in DTYPES[file.dtypes[name]]:
                     raise InputError(

@@ -6,6 +6,7 @@ weights are read: `from_pretrained(..., lora_path=...)`.
 """
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 
@@ -55,11 +56,15 @@ def save_lora(model, directory, base_model=None):
 
     base_model: the checkpoint that it belongs to, a name of the hub or a directory; PEFT loads it by this name.
     """
-    layers = {name: layer for name, layer in _linear_layers(model).items() if layer.lora_A is not None}
-    if not layers:
+    layers = _linear_layers(model)
+    pairs = {name: (to_array(x.lora_A), to_array(x.lora_B)) for name, x in layers.items() if x.lora_A is not None}
+    if not pairs:
         raise InputError("this model has no LoRA adapter to save: apply_lora puts one in")
-    pairs = {name: (to_array(layer.lora_A), to_array(layer.lora_B)) for name, layer in layers.items()}
-    Adapter(next(iter(layers.values())).lora_config, pairs).write(directory, base_model)
+    ends = dict.fromkeys(name.rsplit(".", 1)[-1] for name in pairs)
+    config = replace(layers[next(iter(pairs))].lora_config, target_modules=tuple(ends))
+    if config.chosen(layers) != list(pairs):  # only some layers have it
+        config = replace(config, target_modules=tuple(pairs))
+    Adapter(config, pairs).write(directory, base_model)
 
 
 def load_lora(model, name_or_path):

@@ -234,6 +234,9 @@ class Emu3Model(CheckpointMixin, nn.Layer):
     def _run(self, x, rotary, mask, cache):
         x = x.astype("float32") if x.place.is_cpu_place() else x
         has_step = cache is not None and self._has_step(x, mask, cache)
+        if x.stop_gradient and self.enable_recompute and self.training:  # of a frozen embedding: recompute warns of it
+            x = x.detach()
+            x.stop_gradient = False
         for layer in self.layers:
             if has_step:
                 x = layer.step(x, rotary, mask, cache)
