@@ -27,6 +27,7 @@ ORDER = [
     ["paddlemix.models.emu3.vision_engine"],
     ["paddlemix.models.emu3.paddlenlp_generate"],
     ["paddlemix.models.emu3.modeling_emu3", "paddlemix.models.emu3.modeling_emu3visionvq"],
+    ["paddlemix.models.emu3.needs"],
     ["paddlemix.models.emu3.sampling", "paddlemix.models.emu3.windows", "paddlemix.models.emu3.cuda_graph"],
     ["paddlemix.models.emu3.sequences"],
     ["paddlemix.models.emu3.passes"],

@@ -15,9 +15,8 @@ import pytest
 from conftest import golden
 from PIL import Image
 
-from paddlemix.commands import needs
 from paddlemix.commands.__main__ import VERBS
-from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, Emu3Tokenizer, Emu3VisionVQConfig
+from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM, Emu3Tokenizer, Emu3VisionVQConfig, needs
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENE = ROOT / "paddlemix" / "demo_images" / "emu3_scene.png"

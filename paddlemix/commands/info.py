@@ -7,10 +7,10 @@ from importlib import metadata
 
 import paddlemix
 from paddlemix.machine import available_cores, free_memory
+from paddlemix.models.emu3.needs import parameters, picture_tokens, vision_bytes, weight_bytes
 from paddlemix.paddle_private import num_threads
 
 from .console import DEVICE_HELP, bare_parser, print_result
-from .needs import parameters, picture_tokens, vision_bytes, weight_bytes
 
 
 def parser(prog=None):

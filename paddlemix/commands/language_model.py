@@ -1,8 +1,9 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The language model of a command: the arguments that name it, and the pipeline that they make."""
 
+from paddlemix.models.emu3.needs import step_parameters
+
 from .console import note
-from .needs import step_parameters
 
 # Without the compiled operators Paddle computes in float32 on a CPU. A model that reads less for a token is quick
 # enough without them, and no note is due.

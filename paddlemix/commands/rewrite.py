@@ -6,10 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from paddlemix.models.emu3.needs import weight_bytes
 from paddlemix.utils import InputError
 
 from .console import Loading, say
-from .needs import weight_bytes
 
 
 def add_paths(parser):

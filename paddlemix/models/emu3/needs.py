@@ -3,7 +3,7 @@
 
 import math
 
-from paddlemix.models.emu3.configuration_emu3 import QUANTIZATIONS
+from .configuration_emu3 import QUANTIZATIONS
 
 PROMPT = 64  # tokens, about what a prompt takes
 
@@ -50,7 +50,7 @@ def vision_bytes(config, pixels):
     """(weights, features while a picture is decoded) of the vision tokenizer in float32."""
     import paddle
 
-    from paddlemix.models.emu3.modeling_emu3visionvq import Emu3VisionVQModel, feature_bytes
+    from .modeling_emu3visionvq import Emu3VisionVQModel, feature_bytes
 
     with paddle.LazyGuard():  # no weight is made
         model = Emu3VisionVQModel(config)
