@@ -456,7 +456,7 @@ def test_what_is_encoded_is_kept(command, folder, how, code, word):
     process = start(*arguments("rows.jsonl", shard_rows=20))
     wait_for(process, "part-*", 1)
     process.send_signal(how)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == code
     assert err == f"\n{word}: what is encoded is in out, and the same command goes on from there\n"
     kept = rows_in()

@@ -41,7 +41,7 @@ class Shards:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
         self._check_job()
-        for path in self.folder.glob(".part-*"):  # what a kill has left
+        for path in (*self.folder.glob(".part-*"), *self.folder.glob(".job-*")):  # what a kill has left
             path.unlink()
         self._read()
         self.next = time.monotonic() + KEEP_EVERY
