@@ -234,11 +234,15 @@ def test_every_format(command, folder, expected_codes, form):
 def test_a_conversation(command, folder):
     texts = ["<image> one", "two", "three", "four <image>", "five", "six"]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    write_lines("talk.jsonl", [{"id": "x", "messages": messages, "images": ["images/0.png"]}])
+    llava = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    write_lines("talk.jsonl", [
+        {"id": "x", "messages": messages, "images": ["images/0.png"]},
+        {"id": "y", "conversations": llava, "image": "images/0.png"},
+    ])  # fmt: skip
     assert command(*arguments("talk.jsonl"))[0] == 0
-    [row] = rows_in()
-    assert (row["text"], row["response"]) == ("one", "two")
-    assert row["turns"] == [{"text": "three", "response": "four"}, {"text": "five", "response": "six"}]
+    for row in rows_in():
+        assert (row["text"], row["response"]) == ("one", "two")
+        assert row["turns"] == [{"text": "three", "response": "four"}, {"text": "five", "response": "six"}]
 
 
 def test_several_files_at_once(command, folder):
@@ -293,6 +297,7 @@ BAD = [  # a line, words of its error
     ('{"id": "n", "messages": [], "images": ["images/0.png"]}', "messages must be questions and answers"),
     ('{"id": "o", "messages": [{"role": "system", "content": "x"}, {}], "images": ["images/0.png"]}', "role user"),
     ('{"id": "p", "messages": [1, 2], "images": []}', "images must be a list of one image"),
+    ('{"id": "s", "conversations": [{"from": "human"}, 3], "image": "x"}', "the content of message 1 is missing"),
     ('{"id": "q", "text": "x", "image": "images/0.png"', "not valid JSON"),
     ('{"id": "r", "text": "x", "image": "images"}', "images: this is a directory"),
     ("[" * 100000, "not valid JSON"),

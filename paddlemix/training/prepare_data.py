@@ -9,6 +9,7 @@ from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcesso
 from paddlemix.utils import InputError, shown, whole_number
 
 WAITING = 8  # batches' worth of images that wait for others of their size
+ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names
 MARK = "<image>"  # where an image stands in the text of messages
 
 
@@ -53,9 +54,14 @@ def pixels_of(image, processor, image_area):
 def example_of(values):
     """(text, response or None, further turns or None, image) of a row as a user wrote it.
 
-    Values: text, image and perhaps response; or messages, of {role, content}, and images. InputError: others.
+    Values: text, image and perhaps response; or messages, of {role, content}, and images; or LLaVA's conversations, of
+    {from, value}, and image. InputError: others.
     """
     image = values.get("image")
+    if isinstance(values.get("conversations"), list):
+        turns = [turn if isinstance(turn, dict) else {} for turn in values["conversations"]]
+        messages = [{"role": ROLES.get(turn.get("from")), "content": turn.get("value")} for turn in turns]
+        values = {**values, "messages": messages}
     if "messages" not in values:
         response = values.get("response")
         response = None if response is None else text_of("response", response)
