@@ -21,6 +21,12 @@ def spatial_norm(x, weight, bias, groups, epsilon, scale=None, shift=None, silu=
         float32 array, as x.
     """
     out = np.empty(x.shape, x.dtype)  # contiguous, whatever x is: the operator writes into it
-    latent = [None if array is None else to_tensor(array) for array in (scale, shift)]
-    operators().spatial_norm(to_tensor(x), weight, bias, *latent, to_tensor(out), groups, epsilon, silu)
+    weights, numbers = norm_arguments(weight, bias, groups, epsilon, scale, shift, silu)
+    operators().spatial_norm(to_tensor(x), *weights, to_tensor(out), *numbers)
     return out
+
+
+def norm_arguments(weight, bias, groups, epsilon, scale=None, shift=None, silu=False):
+    """Of a compiled operator: tensors, and numbers."""
+    latent = [None if array is None else to_tensor(array) for array in (scale, shift)]
+    return [weight, bias, *latent], [groups, epsilon, silu]

@@ -75,7 +75,7 @@ def _encode(encoder, x):
         h = _level(level, h)
         if hasattr(level, "downsample"):
             h = _conv(level.downsample.conv, h, stride=2, padding=(0, 1))
-    return _conv(encoder.conv_out, _norm(encoder.norm_out, _middle(encoder.mid, h), silu=True))
+    return _norm_and_conv(encoder.norm_out, encoder.conv_out, _middle(encoder.mid, h))
 
 
 def _decode(decoder, z, zq):
@@ -84,7 +84,7 @@ def _decode(decoder, z, zq):
         h = _level(level, h, zq)
         if hasattr(level, "upsample"):
             h = _upsample(level.upsample.conv, h)
-    return _conv(decoder.conv_out, _norm(decoder.norm_out, h, zq, silu=True))
+    return _norm_and_conv(decoder.norm_out, decoder.conv_out, h, zq)
 
 
 def _upsample(conv, x):
@@ -123,10 +123,10 @@ def _middle(middle, x, zq=None):
 
 def _resnet_block(block, x, zq):
     """The sum is made in the memory of its first term, which for most blocks is `x` itself."""
-    h = _conv(block.conv1, _norm(block.norm1, x, zq, silu=True))
+    h = _norm_and_conv(block.norm1, block.conv1, x, zq)
     if block.nin_shortcut is not None:
         x = _conv(block.nin_shortcut, x)
-    return _conv(block.conv2, _norm(block.norm2, h, zq, silu=True), add_to=x)
+    return _norm_and_conv(block.norm2, block.conv2, h, zq, add_to=x)
 
 
 def _attention(attn, x, zq):
@@ -140,12 +140,25 @@ def _attention(attn, x, zq):
     return _conv(attn.proj_out, q.reshape(x.shape), add_to=x)
 
 
+def _norm_and_conv(norm, conv, x, zq=None, add_to=None):
+    """conv(silu(norm(x)))"""
+    if winograd.takes(conv.weight):
+        return _winograd(conv, x, add_to, _norm_settings(norm, zq, silu=True))
+    return _conv(conv, _norm(norm, x, zq, silu=True), add_to=add_to)
+
+
+def _norm_settings(norm, zq, silu):
+    """What spatial_norm takes after x."""
+    latent = {}
+    if zq is not None:  # 1 x 1 convolutions of the latent, before each of its places becomes many pixels
+        latent, norm = {"scale": _conv(norm.conv_y, zq)[0], "shift": _conv(norm.conv_b, zq)[0]}, norm.norm_layer
+    groups, epsilon = group_norm_settings(norm)
+    return {"weight": norm.weight, "bias": norm.bias, "groups": groups, "epsilon": epsilon, "silu": silu, **latent}
+
+
 def _norm(norm, x, zq=None, silu=False):
     if operators() is not None:
-        latent = ()
-        if zq is not None:  # 1 x 1 convolutions of the latent, before each of its places becomes many pixels
-            latent, norm = (_conv(norm.conv_y, zq)[0], _conv(norm.conv_b, zq)[0]), norm.norm_layer
-        return spatial_norm(x[0], norm.weight, norm.bias, *group_norm_settings(norm), *latent, silu=silu)[None]
+        return spatial_norm(x[0], **_norm_settings(norm, zq, silu))[None]
     if zq is None:
         return onednn.group_norm(x, norm.weight, norm.bias, *group_norm_settings(norm), silu)
     h = _norm(norm.norm_layer, x)
@@ -161,9 +174,13 @@ def _norm(norm, x, zq=None, silu=False):
 
 def _conv(conv, x, stride=1, padding=None, add_to=None, **then):
     if stride == 1 and not then and winograd.takes(conv.weight):
-        out = np.empty([*x.shape[:3], len(conv.bias)], np.float32) if add_to is None else add_to
-        winograd.winograd_conv(x[0], conv.weight, conv.bias, out[0], add=add_to is not None)
-        return out
+        return _winograd(conv, x, add_to)
     if padding is None:
         padding = [conv.weight.shape[-1] // 2] * 2  # the size stays
     return onednn.conv2d(x, conv.weight, conv.bias, stride, padding, add_to, **then)
+
+
+def _winograd(conv, x, add_to=None, norm=None):
+    out = np.empty([*x.shape[:3], len(conv.bias)], np.float32) if add_to is None else add_to
+    winograd.winograd_conv(x[0], conv.weight, conv.bias, out[0], add=add_to is not None, norm=norm)
+    return out
