@@ -18,6 +18,7 @@ from paddlemix.external_ops.spatial_norm import spatial_norm
 from paddlemix.paddle_private import convolution_settings, group_norm_settings, is_untouched, to_tensor
 
 from . import onednn
+from .reused_memory import empty, reused_memory
 
 QUERIES = 1024  # of attention at once: never a whole [H*W, H*W] matrix
 BAND = 1 << 19  # numbers of a picture that are scaled and shifted at once: they stay in the cache
@@ -63,7 +64,7 @@ def decode_frames(decoder, z, zq):
 
 def _by_frame(function, *tensors):
     arrays = [np.ascontiguousarray(t.numpy().transpose(0, 2, 3, 1)) for t in tensors]
-    with onednn.all_cores():
+    with onednn.all_cores(), reused_memory():
         outs = [function(*(a[i : i + 1] for a in arrays)) for i in range(len(arrays[0]))]
     out = np.ascontiguousarray(np.concatenate(outs).transpose(0, 3, 1, 2))
     return to_tensor(out)
@@ -91,7 +92,7 @@ def _upsample(conv, x):
     """A 3x3 convolution after doubling every pixel sees each pixel twice or thrice: with those weights added up it is
     a 2x2 convolution for each of the 4 places in a doubled pixel, and 4/9 of the arithmetic."""
     _, height, width, _ = x.shape
-    out = np.empty([1, 2 * height, 2 * width, len(conv.bias)], np.float32)
+    out = empty([1, 2 * height, 2 * width, len(conv.bias)])
     if winograd.takes(conv.weight):
         winograd.winograd_conv(x[0], conv.weight, conv.bias, out[0], doubled=True)
         return out
@@ -158,7 +159,7 @@ def _norm_settings(norm, zq, silu):
 
 def _norm(norm, x, zq=None, silu=False):
     if operators() is not None:
-        return spatial_norm(x[0], **_norm_settings(norm, zq, silu))[None]
+        return spatial_norm(x[0], **_norm_settings(norm, zq, silu), out=empty(x.shape[1:]))[None]
     if zq is None:
         return onednn.group_norm(x, norm.weight, norm.bias, *group_norm_settings(norm), silu)
     h = _norm(norm.norm_layer, x)
@@ -181,6 +182,6 @@ def _conv(conv, x, stride=1, padding=None, add_to=None, **then):
 
 
 def _winograd(conv, x, add_to=None, norm=None):
-    out = np.empty([*x.shape[:3], len(conv.bias)], np.float32) if add_to is None else add_to
+    out = empty([*x.shape[:3], len(conv.bias)]) if add_to is None else add_to
     winograd.winograd_conv(x[0], conv.weight, conv.bias, out[0], add=add_to is not None, norm=norm)
     return out
