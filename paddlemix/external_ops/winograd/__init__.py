@@ -1,6 +1,6 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """3 x 3 convolutions on a CPU with a quarter of the products, by Winograd's minimal filtering. Made for the vision
-tokenizer, whose pictures lie with the channels last; where the operator is missing, oneDNN computes by the definition."""
+tokenizer, whose pictures lie with the channels last; without the operator oneDNN computes by the definition."""
 
 from paddlemix.paddle_private import to_tensor
 from paddlemix.utils import InputError

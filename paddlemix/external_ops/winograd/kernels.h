@@ -26,20 +26,21 @@ SIMD_TARGET inline void transform_weights(const floats (&w)[3][3], const Matrix&
   }
 }
 
-// Panels of weights, from one to the next: [POINTS][in][PANEL] of each.
-SIMD_TARGET inline void lay_out_panels(const Problem& p, int64_t begin, int64_t end) {
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t o = panel * PANEL % p.out, part = panel * PANEL / p.out;
+// Weights of WIDTH outputs, from one such vector to the next, in panels: [POINTS][in][PANEL] of each.
+SIMD_TARGET inline void lay_out_vectors(const Problem& p, int64_t begin, int64_t end) {
+  float lanes[INPUTS * 9][WIDTH];
+  for (int64_t vector = begin; vector < end; ++vector) {
+    const int64_t panel = vector / VECTORS, v = vector % VECTORS * WIDTH;
+    const int64_t o = panel * PANEL % p.out + v, part = panel * PANEL / p.out;
     const Matrix &rows = p.doubled ? DOUBLED[part / 2] : SINGLE, &columns = p.doubled ? DOUBLED[part % 2] : SINGLE;
-    float lanes[INPUTS * 9][WIDTH];
-    for (int v = 0; v < PANEL; v += WIDTH)
-      for (int64_t c = 0; c < p.in; ++c) {
-        if (c % INPUTS == 0)
-          pack((const uint32_t*)p.weight + ((o + v) * p.in + c) * 9, p.in * 9, INPUTS * 9, (uint32_t*)lanes, WIDTH);
-        floats w[3][3];
-        for (int k = 0; k < 9; ++k) w[k / 3][k % 3] = load(lanes[c % INPUTS * 9 + k]);
-        transform_weights(w, rows, columns, p.weights + ((panel - p.first) * POINTS * p.in + c) * PANEL + v, p.in * PANEL);
-      }
+    float* to = p.weights + (panel - p.first) * POINTS * p.in * PANEL + v;
+    for (int64_t c = 0; c < p.in; ++c) {
+      if (c % INPUTS == 0)
+        pack((const uint32_t*)p.weight + (o * p.in + c) * 9, p.in * 9, INPUTS * 9, (uint32_t*)lanes, WIDTH);
+      floats w[3][3];
+      for (int k = 0; k < 9; ++k) w[k / 3][k % 3] = load(lanes[c % INPUTS * 9 + k]);
+      transform_weights(w, rows, columns, to + c * PANEL, p.in * PANEL);
+    }
   }
 }
 
@@ -86,14 +87,15 @@ SIMD_TARGET inline void transform_tile(const float* x, int64_t row, int64_t coun
   }
 }
 
-// Adds to sums [R, PANEL] the products [R, count] times [count, PANEL]; x has `in` numbers from one row to the next.
+// Adds to sums [R, PANEL] the products [R, count] times [count, PANEL], or begins them with the first; x has `in` numbers
+// from one row to the next. Weights at `next` are asked for: all tiles of a block would wait for them together.
 template <int R>
 SIMD_TARGET void product(const float* x, int64_t in, const float* w, int64_t count, bool first, const float* next, float* out) {
   floats sums[R][VECTORS];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < VECTORS; ++v) sums[r][v] = fill(0);
   for (int64_t c = 0; c < count; ++c) {
-    __builtin_prefetch(next + c * 16, 0, 2);
+    __builtin_prefetch(next + c * LINE, 0, 2);
     floats row[VECTORS];
     for (int v = 0; v < VECTORS; ++v) row[v] = load(w + c * PANEL + v * WIDTH);
     for (int r = 0; r < R; ++r) {
@@ -155,8 +157,8 @@ SIMD_TARGET inline void read_pixels(const Problem& p, int64_t row, int64_t colum
 SIMD_TARGET inline void compute_tiles(const Problem& p, int64_t top, int64_t left, int64_t down, int64_t across) {
   static thread_local Buffer buffer;
   const int64_t size = p.size(), tiles = down * across, columns = size * (across - 1) + SIDE;
-  // no two of the 36 places in step: a cache keeps few lines of the same address modulo 4096
-  const int64_t stride = tiles * p.in + 16, sums_stride = tiles * PANEL + 16;
+  // not a multiple of 4096 bytes: a cache keeps few lines of the same address modulo that
+  const int64_t stride = tiles * p.in + LINE, sums_stride = tiles * PANEL + LINE;
   float* v = buffer.numbers(POINTS * (stride + sums_stride) + MOST_PIXELS * CHUNK);
   float *sums = v + POINTS * stride, *pixels = sums + POINTS * sums_stride;
   for (int64_t c = 0; c < p.in; c += CHUNK) {
@@ -170,10 +172,11 @@ SIMD_TARGET inline void compute_tiles(const Problem& p, int64_t top, int64_t lef
   for (int64_t panel = p.first; panel < p.last; ++panel) {
     for (int64_t point = 0; point < POINTS; ++point)
       for (int64_t c = 0; c < p.in; c += CHUNK) {
+        const int64_t count = std::min(CHUNK, p.in - c);
         const float* w = p.weights + (((panel - p.first) * POINTS + point) * p.in + c) * PANEL;
         simd::in_tiles(tiles, ROWS, [&](int64_t t, int64_t rows) {
-          PRODUCT.of[rows](v + point * stride + t * p.in + c, p.in, w, std::min(CHUNK, p.in - c), c == 0, w + std::min(CHUNK, p.in - c) * PANEL + t / ROWS * CHUNK * 16,
-                           sums + point * sums_stride + t * PANEL);
+          PRODUCT.of[rows](v + point * stride + t * p.in + c, p.in, w, count, c == 0,
+                           w + count * PANEL + t / ROWS * count * LINE, sums + point * sums_stride + t * PANEL);
         });
       }
     const int64_t o = panel * PANEL % p.out, part = panel * PANEL / p.out;

@@ -23,6 +23,7 @@ constexpr int64_t DOWN = 8, ACROSS = 6;  // tiles that share a panel of weights 
 constexpr int64_t MOST_PIXELS = (5 * (DOWN - 1) + SIDE) * (5 * (ACROSS - 1) + SIDE);  // of these tiles
 constexpr int64_t CHUNK = 128;  // inputs whose products are added up by themselves: a short sum rounds less
 constexpr int64_t GROUP = 1 << 24;  // transformed weights that are in memory together, over all pixels
+constexpr int64_t LINE = 16;  // numbers of a line of the cache
 constexpr int64_t INPUTS = 16, OUTPUTS = 64;  // channels are multiples of these
 
 // Polynomials are known by their values at 0, A, -A, B, -B and their highest coefficient. Of the A and B that were tried
@@ -115,21 +116,22 @@ inline void convolve(Problem p) {
     p.norm->mean = found.data();
     p.norm->slope = found.data() + p.in;
   }
-  const int64_t panel = SIMD_CHOOSE(PANEL), panels = p.parts() * p.out / panel, threads = omp_get_max_threads();
-  const int64_t rows = p.tiles_down(), columns = p.tiles_across(), work = POINTS * p.in * panel;
-  const int64_t most = std::max(threads, GROUP / work), groups = (panels + most - 1) / most;
+  const int64_t panel = SIMD_CHOOSE(PANEL), vectors = SIMD_CHOOSE(VECTORS), threads = omp_get_max_threads();
+  const int64_t panels = p.parts() * p.out / panel, rows = p.tiles_down(), columns = p.tiles_across();
+  const int64_t work = POINTS * p.in * panel, most = std::max<int64_t>(1, GROUP / work), groups = (panels + most - 1) / most;
   // blocks of tiles, smaller where there are few, so that the threads end together
   const int64_t blocks_across = (columns + ACROSS - 1) / ACROSS;
   const int64_t down = std::max<int64_t>(1, std::min(DOWN, rows * blocks_across / (4 * threads)));
   const int64_t blocks = (rows + down - 1) / down * blocks_across;
-  const auto lay_out = SIMD_CHOOSE(lay_out_panels);
+  const auto lay_out = SIMD_CHOOSE(lay_out_vectors);
   const auto compute = SIMD_CHOOSE(compute_tiles);
   p.weights = buffer.numbers((panels + groups - 1) / groups * work);
   for (int64_t group = 0; group < groups; ++group) {
     p.first = group * panels / groups;
     p.last = (group + 1) * panels / groups;
-    in_parallel(p.last - p.first, 1, work * (p.last - p.first),
-                [&](int64_t begin, int64_t end) { lay_out(p, p.first + begin, p.first + end); });
+    in_parallel((p.last - p.first) * vectors, 1, work * (p.last - p.first), [&](int64_t begin, int64_t end) {
+      lay_out(p, p.first * vectors + begin, p.first * vectors + end);
+    });
     in_parallel(blocks, 1, work * (p.last - p.first) * rows * columns, [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin) {
         const int64_t top = begin / blocks_across * down, block = begin % blocks_across;
