@@ -87,10 +87,11 @@ SIMD_TARGET inline void transform_tile(const float* x, int64_t row, int64_t coun
   }
 }
 
-// Adds to sums [R, PANEL] the products [R, count] times [count, PANEL], or begins them with the first; x has `in` numbers
-// from one row to the next. Weights at `next` are asked for: all tiles of a block would wait for them together.
+// Adds the products [R, count] times [count, PANEL] to sums [R, PANEL], or begins these; x has `in` numbers from one
+// row to the next. Weights at `next`, which all tiles of the block would wait for, are asked for.
 template <int R>
-SIMD_TARGET void product(const float* x, int64_t in, const float* w, int64_t count, bool first, const float* next, float* out) {
+SIMD_TARGET void product(const float* x, int64_t in, const float* w, int64_t count, bool first, const float* next,
+                         float* out) {
   floats sums[R][VECTORS];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < VECTORS; ++v) sums[r][v] = fill(0);
