@@ -74,7 +74,7 @@ def test_a_norm_before_it(vectors, shape, latent):
 
 
 def test_how_it_rounds():
-    """As a sum of all products one after the other would, at the most; its tiles round more, its short sums less."""
+    """At most 1.4 times as much as a sum of all products one after the other: the tiles round more, short sums less."""
     x, weight, bias = random_problem(12, 12, 256, 64)
     tensors, exact = [paddle.to_tensor(weight), paddle.to_tensor(bias)], by_definition(x, weight, bias)
     found, padded, one_by_one = np.empty([12, 12, 64], np.float32), np.pad(x, [(1, 1), (1, 1), (0, 0)]), bias
