@@ -34,8 +34,8 @@ VISION = "Vision tokenizer, the released size (0.27 billion parameters)"
 VISION_TEXT = """\
 First call: for ours as runs of `autoencode.py` report it (median of two), for transformers the first call in its
 process; loading is not included. The limit: the operations of one frame at the best rate measured for a float32 matrix
-product or convolution; after an upsampling, 4 of 9 products. Ours needs 4 of 9 products of most other 3 x 3
-convolutions too (Winograd's filtering), so that it can pass this limit. transformers computes four equal frames.
+product or convolution; after an upsampling, 4 of 9 products. Ours needs a quarter of the products of most other
+3 x 3 convolutions (Winograd's filtering), so that it can pass this limit. transformers computes four equal frames.
 """
 GENERATION = "Text-to-image with guidance, hidden 1024 x 8 layers over the real vocabulary"
 GENERATION_TEXT = """\

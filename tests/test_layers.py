@@ -23,6 +23,7 @@ ORDER = [
     ["paddlemix.models.emu3.image_grammar"],
     ["paddlemix.models.emu3.cache", "paddlemix.models.emu3.attention", "paddlemix.models.emu3.linear"],
     ["paddlemix.models.emu3.lora"],
+    ["paddlemix.models.emu3.reused_memory"],
     ["paddlemix.models.emu3.onednn"],
     ["paddlemix.models.emu3.vision_engine"],
     ["paddlemix.models.emu3.paddlenlp_generate"],

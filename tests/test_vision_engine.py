@@ -17,6 +17,7 @@ from paddlemix import external_ops
 from paddlemix.external_ops import winograd
 from paddlemix.machine import available_cores
 from paddlemix.models.emu3 import Emu3VisionVQConfig, Emu3VisionVQModel, onednn, vision_engine
+from paddlemix.models.emu3.reused_memory import empty, reused_memory
 
 DATA = golden("vision_tokenizer.npz")
 CONFIGS = {
@@ -180,6 +181,19 @@ def test_inputs_are_left_as_they_are():
     before = z.numpy().copy(), zq.numpy().copy()
     model.decoder.decode_frames(z, zq)
     np.testing.assert_array_equal(before, (z.numpy(), zq.numpy()))
+
+
+def test_memory_is_used_again_where_no_array_uses_it():
+    with reused_memory():
+        first = empty([3, 4])
+        place, part = first.ctypes.data, first[1:]
+        assert place % 64 == 0 and empty([3, 4]).ctypes.data != place
+        del first  # a part of it is still there
+        assert empty([3, 4]).ctypes.data != place
+        del part
+        again = empty([2, 5])
+        assert again.ctypes.data == place and again.dtype == np.float32
+    assert empty([3, 4]).ctypes.data != place and again.shape == (2, 5)
 
 
 THREADS = """

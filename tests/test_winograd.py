@@ -9,14 +9,15 @@ import pytest
 from conftest import relative_error
 
 from paddlemix.external_ops import operators, winograd
+from paddlemix.external_ops.spatial_norm import spatial_norm
 from paddlemix.external_ops.winograd import winograd_conv
 from paddlemix.models.emu3 import Emu3VisionVQConfig, Emu3VisionVQModel, onednn
 
-# height, width, in, out: one tile and less, odd and even sides, multiples of 3, more tiles than a block, more weights
-# than a group
+# height, width, in, out: one tile and less, odd and even sides, multiples of 4 and 5, more tiles than a block, more
+# inputs than are added up at once, more weights than a group
 SHAPES = [
     (1, 1, 16, 64), (1, 5, 48, 64), (6, 4, 64, 128), (4, 6, 16, 64), (9, 13, 32, 192), (25, 31, 16, 64),
-    (3, 2, 528, 576),
+    (8, 10, 144, 64), (3, 2, 528, 576),
 ]  # fmt: skip
 
 pytestmark = pytest.mark.skipif(operators() is None, reason="the operators are not built: make ops")
@@ -54,6 +55,35 @@ def test_values(vectors, shape, doubled):
     np.testing.assert_array_equal(sums, before + out)
 
 
+@pytest.mark.parametrize("shape", [(6, 10, 144, 64), (36, 28, 32, 64)], ids=str)
+@pytest.mark.parametrize("latent", [False, True], ids=["", "latent"])
+def test_a_norm_before_it(vectors, shape, latent):
+    """It is the same as spatial_norm, which test_spatial_norm.py compares with the definition."""
+    height, width, channels, _ = shape
+    x, weight, bias = random_problem(*shape)
+    numbers = random_problem(height // 2, width // 2, channels, 64, seed=1)[0]
+    norm = {"weight": paddle.to_tensor(numbers[0, 0]), "bias": paddle.to_tensor(numbers[0, 1]), "groups": 16}
+    norm |= {"epsilon": 1e-6, "silu": latent}
+    if latent:
+        norm |= {"scale": numbers, "shift": numbers[::-1].copy()}
+    tensors = paddle.to_tensor(weight), paddle.to_tensor(bias)
+    expected, found = np.empty([2, height, width, 64], np.float32)
+    winograd_conv(spatial_norm(x, **norm), *tensors, expected)
+    winograd_conv(x, *tensors, found, norm=norm)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_how_it_rounds():
+    """At most 1.4 times as much as a sum of all products one after the other: the tiles round more, short sums less."""
+    x, weight, bias = random_problem(12, 12, 256, 64)
+    tensors, exact = [paddle.to_tensor(weight), paddle.to_tensor(bias)], by_definition(x, weight, bias)
+    found, padded, one_by_one = np.empty([12, 12, 64], np.float32), np.pad(x, [(1, 1), (1, 1), (0, 0)]), bias
+    winograd_conv(x, *tensors, found)
+    for i, j, c in np.ndindex(3, 3, 256):
+        one_by_one = one_by_one + padded[i : i + 12, j : j + 12, c, None] * weight[:, c, i, j]
+    assert ((found - exact) ** 2).mean() < 2 * ((one_by_one - exact) ** 2).mean()
+
+
 def test_any_number_of_threads():
     """Each result is computed by one thread, in the same order whatever their number."""
     x, weight, bias = random_problem(17, 19, 64, 128)
@@ -87,6 +117,13 @@ def test_what_it_does_not_take(x, weight, bias, out, words):
         )
     with pytest.raises(Exception, match="float32 on a CPU"):
         winograd_conv(np.ones([4, 4, 16]), paddle.ones([64, 16, 3, 3]), paddle.ones([64]), np.ones([4, 4, 64], "f4"))
+
+
+def test_a_norm_of_other_channels():
+    x, weight, bias = random_problem(4, 4, 16, 64)
+    norm = {"weight": paddle.ones([32]), "bias": paddle.ones([32]), "groups": 4, "epsilon": 1e-6}
+    with pytest.raises(Exception, match="weight and bias"):
+        winograd_conv(x, paddle.to_tensor(weight), paddle.to_tensor(bias), np.empty([4, 4, 64], np.float32), norm=norm)
 
 
 def test_the_vision_tokenizer_takes_it(monkeypatch):

@@ -33,23 +33,32 @@ SIMD_TARGET inline void moments(const float* x, int64_t count, int64_t channels,
 }
 
 template <bool LATENT, bool SILU>
-SIMD_TARGET void apply_row(const float* x, const float* mean, const float* slope, const float* bias,
-                           const float* scale, const float* shift, int64_t channels, float* out) {
-  for (int64_t c = 0; c < channels; ++c) {
+SIMD_TARGET void apply(const Problem& p, int64_t pixel, int64_t latent, int64_t first, int64_t count,
+                       float* __restrict out) {
+  const float *x = p.x + pixel * p.channels + first, *mean = p.mean + first, *slope = p.slope + first,
+              *bias = p.bias + first, *scale = p.scale + latent * p.channels + first,
+              *shift = p.shift + latent * p.channels + first;
+  for (int64_t c = 0; c < count; ++c) {
     float v = multiply_add<FUSED>(x[c] - mean[c], slope[c], bias[c]);
     if (LATENT) v = multiply_add<FUSED>(v, scale[c], shift[c]);
     out[c] = SILU ? v * sigmoid<FUSED>(v) : v;
   }
 }
 
-SIMD_TARGET inline void apply(const Problem& p, const float* mean, const float* slope, int64_t row) {
-  const auto pixel = p.scale ? (p.silu ? apply_row<true, true> : apply_row<true, false>)
-                             : (p.silu ? apply_row<false, true> : apply_row<false, false>);
-  for (int64_t column = 0; column < p.width; ++column) {
-    const int64_t at = (row * p.width + column) * p.channels;
-    const int64_t latent = p.scale ? (row / p.times * (p.width / p.times) + column / p.times) * p.channels : 0;
-    pixel(p.x + at, mean, slope, p.bias, p.scale + latent, p.shift + latent, p.channels, p.out + at);
-  }
+// `count` channels, from `first` on, of a pixel.
+SIMD_TARGET inline void apply_to_pixel(const Problem& p, int64_t row, int64_t column, int64_t first, int64_t count,
+                                       float* out) {
+  const int64_t pixel = row * p.width + column;
+  const int64_t latent = p.scale ? row / p.times * (p.width / p.times) + column / p.times : 0;
+  if (p.scale)
+    (p.silu ? apply<true, true> : apply<true, false>)(p, pixel, latent, first, count, out);
+  else
+    (p.silu ? apply<false, true> : apply<false, false>)(p, pixel, latent, first, count, out);
+}
+
+SIMD_TARGET inline void apply_to_row(const Problem& p, int64_t row) {
+  for (int64_t column = 0; column < p.width; ++column)
+    apply_to_pixel(p, row, column, 0, p.channels, p.out + (row * p.width + column) * p.channels);
 }
 
 }  // namespace SIMD

@@ -23,6 +23,8 @@ struct Problem {
   int64_t height, width, channels, groups, times;
   float epsilon;
   bool silu;
+  const float* mean = nullptr;   // [channels], of its group: `statistics` gives both
+  const float* slope = nullptr;  // [channels], the weight over the root of the variance
 };
 
 }  // namespace spatial_norm
@@ -33,11 +35,10 @@ struct Problem {
 
 namespace spatial_norm {
 
-// silu(norm(x) * scale + shift), where norm(x) = (x - mean) / sqrt(variance + epsilon) * weight + bias by groups of
-// channels.
-inline void compute(const Problem& p) {
+// The mean of each channel's group, and the channel's weight over the root of its group's variance: [2][channels].
+inline std::vector<float> statistics(const Problem& p) {
   const int64_t pixels = p.height * p.width, pieces = (pixels + PIECE - 1) / PIECE, size = p.channels / p.groups;
-  std::vector<float> means(pieces * p.channels), squares(pieces * p.channels), mean(p.channels), slope(p.channels);
+  std::vector<float> means(pieces * p.channels), squares(pieces * p.channels), found(2 * p.channels);
   const auto moments = SIMD_CHOOSE(moments);
   in_parallel(pieces, 1, 2 * pixels * p.channels, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -58,14 +59,24 @@ inline void compute(const Problem& p) {
       }
     const double inverse = 1 / std::sqrt(variance / (pixels * size) + p.epsilon);
     for (int64_t c = first; c < last; ++c) {
-      slope[c] = p.weight[c] * inverse;
-      mean[c] = middle;
+      found[c] = middle;
+      found[p.channels + c] = p.weight[c] * inverse;
     }
   }
-  const auto apply = SIMD_CHOOSE(apply);
-  in_parallel(p.height, std::max<int64_t>(1, PIECE / p.width), 4 * pixels * p.channels, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) apply(p, mean.data(), slope.data(), begin);
-  });
+  return found;
+}
+
+// silu(norm(x) * scale + shift), where norm(x) = (x - mean) / sqrt(variance + epsilon) * weight + bias by groups of
+// channels.
+inline void compute(Problem p) {
+  const std::vector<float> found = statistics(p);
+  p.mean = found.data();
+  p.slope = p.mean + p.channels;
+  const auto apply = SIMD_CHOOSE(apply_to_row);
+  in_parallel(p.height, std::max<int64_t>(1, PIECE / p.width), 4 * p.height * p.width * p.channels,
+              [&](int64_t begin, int64_t end) {
+                for (; begin < end; ++begin) apply(p, begin);
+              });
 }
 
 }  // namespace spatial_norm

@@ -2,13 +2,16 @@
 // winograd_conv: Paddle's side of winograd.h. __init__.py says what is given; it is checked here.
 #include "winograd.h"
 
-#include "../dtypes.h"
+#include "../spatial_norm/tensors.h"
 
 namespace {
 
 using paddle::Tensor;
+using spatial_norm::Optional;
 
-void WinogradConv(const Tensor& x, const Tensor& weight, const Tensor& bias, Tensor& out, bool doubled, bool add) {
+void WinogradConv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Optional& norm_weight,
+                  const Optional& norm_bias, const Optional& scale, const Optional& shift, Tensor& out, bool doubled,
+                  bool add, int64_t groups, float epsilon, bool silu) {
   const auto pixels = x.shape(), w = weight.shape();
   PD_CHECK(pixels.size() == 3 && x.numel() > 0 && pixels[2] % winograd::INPUTS == 0 && is_float(x, pixels),
            "x must be float32 on a CPU, [height, width, in], not empty, of a multiple of ", winograd::INPUTS,
@@ -30,14 +33,21 @@ void WinogradConv(const Tensor& x, const Tensor& weight, const Tensor& bias, Ten
   p.out = w[0];
   p.doubled = doubled;
   p.add = add;
+  spatial_norm::Problem norm{};
+  if (norm_weight) {
+    PD_CHECK(norm_bias, "the norm has a weight, but no bias");
+    norm = spatial_norm::problem(x, *norm_weight, *norm_bias, scale, shift, groups, epsilon, silu);
+    p.norm = &norm;
+  }
   winograd::convolve(p);
 }
 
 }  // namespace
 
 PD_BUILD_OP(winograd_conv)
-    .Inputs({"x", "weight", "bias", "out"})
+    .Inputs({"x", "weight", "bias", paddle::Optional("norm_weight"), paddle::Optional("norm_bias"),
+             paddle::Optional("scale"), paddle::Optional("shift"), "out"})
     .Outputs({"y"})
-    .Attrs({"doubled: bool", "add: bool"})
+    .Attrs({"doubled: bool", "add: bool", "groups: int64_t", "epsilon: float", "silu: bool"})
     .SetInplaceMap({{"out", "y"}})
     .SetKernelFn(PD_KERNEL(WinogradConv));

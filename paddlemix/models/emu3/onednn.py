@@ -18,6 +18,8 @@ import paddle
 
 from paddlemix.machine import available_cores
 
+from .reused_memory import empty
+
 LIBRARIES = Path(paddle.__file__).parent / "libs"
 
 # values of the C interface's enumerations
@@ -154,7 +156,7 @@ def conv2d(x, weight, bias, stride=1, padding=(0, 0), add_to=None, multiply=None
     """
     n, h, w, _ = x.shape
     height, width = ((side + sum(padding) - weight.shape[-1]) // stride + 1 for side in (h, w))
-    out = np.empty([n, height, width, weight.shape[0]], np.float32) if add_to is None else add_to
+    out = empty([n, height, width, weight.shape[0]]) if add_to is None else add_to
     before, after = (_integers(p, p) for p in padding)
     any_layout = _Object("memory_desc", "memory_desc_create_with_tag", 4, _integers(*weight.shape), F32, FORMAT_ANY)
     vector = _desc(bias.shape)
@@ -181,7 +183,7 @@ def conv2d(x, weight, bias, stride=1, padding=(0, 0), add_to=None, multiply=None
 
 def group_norm(x, weight, bias, groups, epsilon, silu=False):
     """[1, H, W, C] -> a new array, silu(x) = x * sigmoid(x) of it where asked."""
-    out, picture, vector = np.empty_like(x), _picture(x), _desc(weight.shape)
+    out, picture, vector = empty(x.shape), _picture(x), _desc(weight.shape)
     norm = _Object(
         "primitive_desc", "group_normalization_forward_primitive_desc_create", _engine(), INFERENCE, picture, picture,
         c_int64(groups), c_float(epsilon), c_uint(USE_SCALE | USE_SHIFT), _attributes(silu=silu),
@@ -193,7 +195,7 @@ def group_norm(x, weight, bias, groups, epsilon, silu=False):
 
 def matmul(a, b):
     """Matrix product of arrays [M, K] and [K, N], either of them transposed in memory or not."""
-    out = np.empty([a.shape[0], b.shape[1]], np.float32)
+    out = empty([a.shape[0], b.shape[1]])
     descs = [_array(t) for t in (a, b, out)]
     product = _Object(
         "primitive_desc", "matmul_primitive_desc_create", _engine(), descs[0], descs[1], None, descs[2], _attributes()

@@ -18,6 +18,7 @@ from paddlemix.external_ops.spatial_norm import spatial_norm
 from paddlemix.paddle_private import convolution_settings, group_norm_settings, is_untouched, to_tensor
 
 from . import onednn
+from .reused_memory import empty, reused_memory
 
 QUERIES = 1024  # of attention at once: never a whole [H*W, H*W] matrix
 BAND = 1 << 19  # numbers of a picture that are scaled and shifted at once: they stay in the cache
@@ -63,7 +64,7 @@ def decode_frames(decoder, z, zq):
 
 def _by_frame(function, *tensors):
     arrays = [np.ascontiguousarray(t.numpy().transpose(0, 2, 3, 1)) for t in tensors]
-    with onednn.all_cores():
+    with onednn.all_cores(), reused_memory():
         outs = [function(*(a[i : i + 1] for a in arrays)) for i in range(len(arrays[0]))]
     out = np.ascontiguousarray(np.concatenate(outs).transpose(0, 3, 1, 2))
     return to_tensor(out)
@@ -75,7 +76,7 @@ def _encode(encoder, x):
         h = _level(level, h)
         if hasattr(level, "downsample"):
             h = _conv(level.downsample.conv, h, stride=2, padding=(0, 1))
-    return _conv(encoder.conv_out, _norm(encoder.norm_out, _middle(encoder.mid, h), silu=True))
+    return _norm_and_conv(encoder.norm_out, encoder.conv_out, _middle(encoder.mid, h))
 
 
 def _decode(decoder, z, zq):
@@ -84,14 +85,14 @@ def _decode(decoder, z, zq):
         h = _level(level, h, zq)
         if hasattr(level, "upsample"):
             h = _upsample(level.upsample.conv, h)
-    return _conv(decoder.conv_out, _norm(decoder.norm_out, h, zq, silu=True))
+    return _norm_and_conv(decoder.norm_out, decoder.conv_out, h, zq)
 
 
 def _upsample(conv, x):
     """A 3x3 convolution after doubling every pixel sees each pixel twice or thrice: with those weights added up it is
     a 2x2 convolution for each of the 4 places in a doubled pixel, and 4/9 of the arithmetic."""
     _, height, width, _ = x.shape
-    out = np.empty([1, 2 * height, 2 * width, len(conv.bias)], np.float32)
+    out = empty([1, 2 * height, 2 * width, len(conv.bias)])
     if winograd.takes(conv.weight):
         winograd.winograd_conv(x[0], conv.weight, conv.bias, out[0], doubled=True)
         return out
@@ -123,10 +124,10 @@ def _middle(middle, x, zq=None):
 
 def _resnet_block(block, x, zq):
     """The sum is made in the memory of its first term, which for most blocks is `x` itself."""
-    h = _conv(block.conv1, _norm(block.norm1, x, zq, silu=True))
+    h = _norm_and_conv(block.norm1, block.conv1, x, zq)
     if block.nin_shortcut is not None:
         x = _conv(block.nin_shortcut, x)
-    return _conv(block.conv2, _norm(block.norm2, h, zq, silu=True), add_to=x)
+    return _norm_and_conv(block.norm2, block.conv2, h, zq, add_to=x)
 
 
 def _attention(attn, x, zq):
@@ -140,12 +141,25 @@ def _attention(attn, x, zq):
     return _conv(attn.proj_out, q.reshape(x.shape), add_to=x)
 
 
+def _norm_and_conv(norm, conv, x, zq=None, add_to=None):
+    """conv(silu(norm(x)))"""
+    if winograd.takes(conv.weight):
+        return _winograd(conv, x, add_to, _norm_settings(norm, zq, silu=True))
+    return _conv(conv, _norm(norm, x, zq, silu=True), add_to=add_to)
+
+
+def _norm_settings(norm, zq, silu):
+    """What spatial_norm takes after x."""
+    latent = {}
+    if zq is not None:  # 1 x 1 convolutions of the latent, before each of its places becomes many pixels
+        latent, norm = {"scale": _conv(norm.conv_y, zq)[0], "shift": _conv(norm.conv_b, zq)[0]}, norm.norm_layer
+    groups, epsilon = group_norm_settings(norm)
+    return {"weight": norm.weight, "bias": norm.bias, "groups": groups, "epsilon": epsilon, "silu": silu, **latent}
+
+
 def _norm(norm, x, zq=None, silu=False):
     if operators() is not None:
-        latent = ()
-        if zq is not None:  # 1 x 1 convolutions of the latent, before each of its places becomes many pixels
-            latent, norm = (_conv(norm.conv_y, zq)[0], _conv(norm.conv_b, zq)[0]), norm.norm_layer
-        return spatial_norm(x[0], norm.weight, norm.bias, *group_norm_settings(norm), *latent, silu=silu)[None]
+        return spatial_norm(x[0], **_norm_settings(norm, zq, silu), out=empty(x.shape[1:]))[None]
     if zq is None:
         return onednn.group_norm(x, norm.weight, norm.bias, *group_norm_settings(norm), silu)
     h = _norm(norm.norm_layer, x)
@@ -161,9 +175,13 @@ def _norm(norm, x, zq=None, silu=False):
 
 def _conv(conv, x, stride=1, padding=None, add_to=None, **then):
     if stride == 1 and not then and winograd.takes(conv.weight):
-        out = np.empty([*x.shape[:3], len(conv.bias)], np.float32) if add_to is None else add_to
-        winograd.winograd_conv(x[0], conv.weight, conv.bias, out[0], add=add_to is not None)
-        return out
+        return _winograd(conv, x, add_to)
     if padding is None:
         padding = [conv.weight.shape[-1] // 2] * 2  # the size stays
     return onednn.conv2d(x, conv.weight, conv.bias, stride, padding, add_to, **then)
+
+
+def _winograd(conv, x, add_to=None, norm=None):
+    out = empty([*x.shape[:3], len(conv.bias)]) if add_to is None else add_to
+    winograd.winograd_conv(x[0], conv.weight, conv.bias, out[0], add=add_to is not None, norm=norm)
+    return out
