@@ -43,7 +43,7 @@ class Pass:
         for i, rows in enumerate(self.rows):
             owners[rows] = i
         self.owners = None if batch.on_cpu else upload(owners)
-        self.replayed = Replayed(all(s.sampling.can_be_recorded(picked) for s, _, picked in shape))
+        self.replayed = Replayed()
 
     def __call__(self, ids, lengths, ahead=0):
         """One pass; nothing waits for it.
