@@ -25,7 +25,7 @@ namespace pick_token_cuda {
 constexpr int THREADS = 1024;
 constexpr int AHEAD = 4;  // values that a thread reads at a time
 constexpr int BITS = 8, BINS = 1 << BITS;
-constexpr int MOST_TOKENS = 1 << 19;  // whose weights of up to UNIT add up in 64 bits
+constexpr int MOST_TOKENS = 1 << 19;  // with top-p: their weights of up to UNIT add up in 64 bits
 constexpr float UNIT = float(1ull << 44);
 
 struct Problem {
@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(THREADS, 1) pick_kernel(Problem p) {
 
 inline cudaError_t pick(const Problem& p, cudaStream_t stream) {
   if (p.rows < 1 || p.rows > 2 || p.positions < 0 || p.positions > INT_MAX || p.tokens < 1 ||
-      p.tokens > MOST_TOKENS || p.top_k < 0 || !(p.temperature > 0) || !(p.top_p > 0))
+      p.tokens > (p.top_p < 1 ? MOST_TOKENS : INT_MAX - AHEAD * THREADS) || p.top_k < 0 || !(p.temperature > 0) ||
+      !(p.top_p > 0))
     return cudaErrorInvalidValue;
   if (p.positions == 0) return cudaSuccess;
   pick_kernel<<<unsigned(p.positions), THREADS, 0, stream>>>(p);

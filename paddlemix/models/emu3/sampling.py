@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tokens from logits: temperature, top-k, top-p, and noise that is a function of the request alone."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,17 +88,18 @@ class Noise:
         self.made = {}
 
     def __call__(self, start, stop):
-        """float32 [stop - start, size]; None where nothing is drawn by chance."""
-        if self.sampling.is_greedy:
-            return None
-        self.make(start, stop)
+        """float32 [stop - start, size]"""
+        for make in self.missing(start, stop):
+            make()
         return np.stack([self.made[position] for position in range(start, stop)])
 
-    def make(self, start, stop):
-        """Make the noise of these positions; that of earlier ones is not needed any more."""
+    def missing(self, start, stop):
+        """Functions that make the noise of these positions where it is not made. That of earlier ones is not needed any
+        more. None where nothing is drawn by chance."""
         if self.sampling.is_greedy:
-            return
-        self.made = {position: noise for position, noise in self.made.items() if position >= start}
-        for position in range(start, stop):
-            if position not in self.made:
-                self.made[position] = self.sampling.noise(self.number, position, self.size)
+            return []
+        self.made = {position: self.made[position] for position in list(self.made) if position >= start}
+        return [functools.partial(self._make, p) for p in range(start, stop) if p not in self.made]
+
+    def _make(self, position):
+        self.made[position] = self.sampling.noise(self.number, position, self.size)
