@@ -80,8 +80,8 @@ class Kept:
     def __call__(self, start, stop):
         return np.stack([self.at(position) for position in range(start, stop)])
 
-    def make(self, start, stop):
-        pass
+    def missing(self, start, stop):
+        return []
 
 
 @functools.cache

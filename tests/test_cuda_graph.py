@@ -12,7 +12,7 @@ from test_generation import DATA, GRAMMAR, NEGATIVE, PROMPTS, unpadded
 from test_step import addresses, as_on_a_gpu, nothing_comes_to_the_host
 
 from paddlemix import machine
-from paddlemix.models.emu3 import cache, cuda_graph, decoding, generate_images, generate_text, passes
+from paddlemix.models.emu3 import Drawing, cache, cuda_graph, decoding, generate_images, generate_text, passes
 from paddlemix.models.emu3.decoding import Batch
 from paddlemix.models.emu3.generation_emu3 import make_drawings
 from paddlemix.models.emu3.sampling import Sampling
@@ -109,13 +109,16 @@ def same(drawn, expected):
 
 
 @pytest.mark.parametrize("how", ["step", "jacobi"])
-def test_pictures(expected, language_model, card, how):
+def test_pictures(expected, language_model, card, how, monkeypatch):
     """The third pass of a shape is recorded, on the card in use, and again after the cache has grown or a picture has
     left: by then the old one was given up."""
+    monkeypatch.setattr(Drawing, "ahead", 10)
     drawn = pictures(language_model, how)
     same(drawn, expected)
     assert card.places == {"card 1"} and card.log.count("record") >= {"step": 3, "jacobi": 1}[how]
-    assert drawn.forward_passes == card.log.count("replay") + sum(card.eager.values())
+    passes = card.log.count("replay") + sum(card.eager.values())
+    in_vain = passes - drawn.forward_passes  # behind the end of a picture
+    assert in_vain == 0 if how == "step" else 0 <= in_vain < 4
     assert max(card.eager.values()) == cuda_graph.WARM_UP
     assert card.most <= decoding.MOST_PASSES and not card.live and not card.warnings
     live = 0
@@ -219,12 +222,10 @@ def test_graphs_are_given_up_where_memory_is_out(expected, language_model, card,
     assert released == [0] and card.live == set() and card.log.count("record") > 1
 
 
-def test_what_paddle_sorts_is_not_recorded(language_model, card):
-    """One row of it waits for the card."""
-    drawn = pictures(language_model, top_p=0.9)
-    assert drawn.forward_passes == sum(card.eager.values()) and not card.warnings
-    pictures(language_model, "jacobi", top_p=0.9)
-    assert "replay" in card.log
+def test_top_p_is_recorded(language_model, request):
+    expected, card = pictures(language_model, top_p=0.9), request.getfixturevalue("card")
+    same(pictures(language_model, top_p=0.9), expected)
+    assert "replay" in card.log and not card.warnings
 
 
 def test_a_cpu_records_nothing(language_model, monkeypatch):

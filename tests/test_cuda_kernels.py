@@ -17,8 +17,10 @@ import paddle
 import pytest
 from paddle.utils import cpp_extension
 from test_norms import EPSILON, error, reference, tensor
+from test_pick_token import accepted
 
 from paddlemix.external_ops.few_rows_linear import dequantize, quantize
+from paddlemix.external_ops.pick_token import example_of_passes
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"  # which conftest.py puts on sys.path
@@ -286,14 +288,24 @@ def test_decoder_step(kernels, order, case, weights):
         assert np.abs(now[new] - right[new]).max() < 2 * rounding * np.abs(right[new]).max()
 
 
-def picked(logits, noise, top_k, scale, temperature):
-    """By a sort, each operation rounded to float32: ids [positions]."""
+def picked(logits, noise, top_k, scale, temperature, top_p):
+    """By a sort, each operation rounded to float32, but top_p's sums: ids [positions]."""
     values = logits[0] if len(logits) == 1 else logits[1] + np.float32(scale) * (logits[0] - logits[1])
     if noise is None:
         return values.argmax(-1)
     values = values / np.float32(temperature)
     least = np.sort(values, axis=-1)[:, -top_k, None] if 0 < top_k < values.shape[1] else -np.inf
-    return np.where(values < least, -np.float32(np.inf), values + noise).argmax(-1)
+    values = np.where(values < least, -np.float32(np.inf), values)
+    if top_p < 1:
+        ordered = -np.sort(-values, axis=-1)
+        weights = np.exp((ordered - ordered[:, :1]).astype(np.float64))
+        weights /= weights.sum(-1, keepdims=True)
+        before = weights.cumsum(-1) - weights  # of equal ones that of the first decides
+        is_first = ordered[:, 1:] < ordered[:, :-1]
+        assert np.abs(before[:, 1:] - np.float32(top_p)).min(initial=1, where=is_first) > 1e-6  # or rounding decides
+        least = np.where(before < np.float32(top_p), ordered, np.inf).min(-1, keepdims=True)
+        values = np.where(values < least, -np.float32(np.inf), values)
+    return (values + noise).argmax(-1)
 
 
 PICKS = [(1, 0, 5, 2), (1, 1, 1, 0), (2, 3, 5, 2), (1, 2, 1030, 1029), (2, 2, 5000, 7), (2, 1, 300, 1), (1, 1, 9000, 9)]
@@ -312,14 +324,28 @@ def test_pick_token(kernels, order, rows, positions, tokens, top_k, kind):
     else:
         logits[0, :, ::3] = -np.inf
     noise = 100 * rng.standard_normal([positions, tokens]).astype(np.float32)  # each that is kept may win
-    cases = [(noise, 3.0, 0.7, 9), (None, 1.5, 2.0, 0), (np.round(noise), -1, 1.0, 2**40)]
-    for given, scale, temperature, first in cases:
+    cases = [(noise, 3.0, 0.7, 1, 9), (None, 1.5, 2.0, 1, 0), (np.round(noise), -1, 1.0, 1, 2**40),
+             (noise, 3.0, 0.7, 0.9, 0), (noise, 2.0, 4.0, 0.3, 0), (noise, 1.0, 1.0, 1e-15, 0)]  # fmt: skip
+    for given, scale, temperature, top_p, first in cases:
         ids = np.full(positions + 1, -7)
         pointers = [None if a is None else ctypes.c_void_p(a.ctypes.data) for a in (logits, given, ids)]
         sizes = map(ctypes.c_int64, (rows, positions, tokens, top_k))
-        numbers = map(ctypes.c_float, (scale, temperature))
+        numbers = map(ctypes.c_float, (scale, temperature, top_p))
         assert kernels.emu3_pick_token(*pointers, *sizes, *numbers, ctypes.c_int64(first), None) == 0
-        assert ids.tolist() == [*(first + picked(logits, given, top_k, scale, temperature)).tolist(), -7]
+        assert ids.tolist() == [*(first + picked(logits, given, top_k, scale, temperature, top_p)).tolist(), -7]
+
+
+@pytest.mark.parametrize("picks, unpicked", [(1, 0), (1, 1), (4, 0), (5, 1), (16, 0), (64, 0), (130, 0)])
+def test_accept_tokens(kernels, order, picks, unpicked):
+    given = example_of_passes(np.random.default_rng(picks), picks, unpicked)
+    ids, past, windows, forced, _ = given
+    rows = len(past)
+    found = np.full([rows + 1, picks], -7), np.full(rows + 1, -7)
+    pointers = [ctypes.c_void_p(a.ctypes.data) for a in (*given, *found)]
+    sizes = map(ctypes.c_int64, (rows, ids.shape[1], picks, forced.shape[1]))
+    assert kernels.emu3_accept_tokens(*pointers, *sizes, None) == 0
+    next_ids, next_past = accepted(*given)
+    assert found[0].tolist() == [*next_ids, [-7] * picks] and found[1].tolist() == [*next_past, -7]
 
 
 @pytest.fixture(scope="module")
@@ -341,20 +367,20 @@ def check_with(torch_python, library, *arguments):
 
 def test_check_cuda_finds_nothing_wrong(kernels, torch_python):
     rows, wrong = check_with(torch_python, "ctypes.CDLL(sys.argv[1])", kernels._name)
-    assert wrong == [] and len(rows) == 22
+    assert wrong == [] and len(rows) == 23
     assert all(cases >= 14 and error < 1 for _, _, cases, error in rows)
 
 
 def test_check_cuda_finds_what_is_wrong(torch_python):
     """Of a library that says that all is well and computes nothing."""
     names = ["norm_forward", "norm_backward", "nearest_codeword", "quantized_linear", "pick_token",
-             "decoder_step", "decoder_step_bytes"]  # fmt: skip
+             "accept_tokens", "decoder_step", "decoder_step_bytes"]  # fmt: skip
     names = [f"emu3_{name}" for name in names]
     idle = f"type('Idle', (), dict.fromkeys({names}, lambda *_: 0) | {{'emu3_norm_parts': lambda *_: 1}})"
     rows, wrong = check_with(torch_python, idle)
     assert all(error > 1 for *_, error in rows)
     for words in ["2^40 rows: accepted", "y is inf times", "dscale is inf times", "not the first of equal ones",
-                  "other tokens are picked with top_k=7"]:  # fmt: skip
+                  "other tokens are picked with top_k=7", "top_p=0.9", "other guesses are accepted"]:  # fmt: skip
         assert any(words in line for line in wrong), words
 
 

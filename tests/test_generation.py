@@ -199,8 +199,8 @@ def test_a_picture_learns_how_often_it_guesses_right():
         [wrong], [right] = (make_drawings(PROMPTS[:1], [(9, 50)], GRAMMAR, None, 1, GREEDY) for _ in range(2))
         for drawing, same in ((wrong, False), (right, True)):
             for i in range(40):
-                _, count = drawing.feed(10**6, window)
-                drawing.accept(1, 256 + (0 * np.arange(count) if same else (np.arange(count) + i * 7) % 200 + 1))
+                ids, count = drawing.feed(10**6, window)
+                drawing.accept(len(ids), 256 + (0 * np.arange(count) if same else (np.arange(count) + i * 7) % 200 + 1))
         assert wrong.luck < 0.4 < 2 < right.luck
         again = windows.choose_window("auto", None, 2, windows.COSTS["float32"], right.luck)
         assert windows.choose_window("auto", None, 2, windows.COSTS["int8"], wrong.luck) == 0 < again

@@ -12,6 +12,7 @@ from paddlemix import external_ops
 from paddlemix.models.emu3 import (
     Answer,
     Batch,
+    Drawing,
     Emu3ForCausalLM,
     attention,
     cache,
@@ -19,6 +20,7 @@ from paddlemix.models.emu3 import (
     generate_images,
     generate_text,
     modeling_emu3,
+    passes,
 )
 from paddlemix.models.emu3.generation_emu3 import make_drawings
 from paddlemix.models.emu3.sampling import Sampling
@@ -62,7 +64,7 @@ def nothing_comes_to_the_host():
 
 
 def addresses(step):
-    tensors = [step.ids, step.past, step.picked, *step.noise, *step.cache.keys, *step.cache.values]
+    tensors = [step.ids, step.past, *(step.results or ()), *step.noise, *step.cache.keys, *step.cache.values]
     return [None if t is None else (t.data_ptr(), tuple(t.shape), t.dtype) for t in tensors]
 
 
@@ -77,7 +79,7 @@ class Recorder:
 
     def __call__(self, step, run):
         lengths, step.cache.lengths = step.cache.lengths, None
-        picked = step.picked is not None
+        picked = bool(step.results)
         with nothing_comes_to_the_host():
             run(step)
         step.cache.lengths = lengths
@@ -87,21 +89,26 @@ class Recorder:
 
 
 @pytest.mark.parametrize("guidance_scale", [3.0, 1])
-@pytest.mark.parametrize("how", ["step", "jacobi"])
+@pytest.mark.parametrize("decoding", ["step", "jacobi"])
 @pytest.mark.parametrize("pictures", [1, 2])
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {}, {"top_p": 0.9, "temperature": 4}], ids=str)
-def test_pictures(language_model, monkeypatch, settings, pictures, how, guidance_scale):
-    """Prompts of different lengths; many blocks of the cache."""
+def test_pictures(language_model, monkeypatch, settings, pictures, decoding, guidance_scale):
+    """Prompts of different lengths; many blocks of the cache; two passes of a window without the host."""
+    monkeypatch.setattr(Drawing, "ahead", 10)
     sizes = [(6, 3), (3, 7)][:pictures]
     prompts, negative = PROMPTS[:pictures], NEGATIVE[:pictures]
-    how = prompts, sizes, GRAMMAR, negative, guidance_scale, Sampling(seed=5, **settings), how, 4
+    how = prompts, sizes, GRAMMAR, negative, guidance_scale, Sampling(seed=5, **settings), decoding, 4
     expected = generate_images(language_model, *how)
     recorder = Recorder()
     with as_on_a_gpu(monkeypatch, recorder):
         drawn = generate_images(language_model, *how)
     for codes, others in zip(drawn.codes, expected.codes, strict=True):
         np.testing.assert_array_equal(codes, others)
-    assert drawn.forward_passes == expected.forward_passes == len(recorder.first) + recorder.replays
+    passes = len(recorder.first) + recorder.replays
+    if decoding == "step":
+        assert drawn.forward_passes == expected.forward_passes == passes
+    else:  # what runs behind the end of a picture draws nothing
+        assert drawn.forward_passes <= passes < drawn.forward_passes + 10 // 5
     assert recorder.replays and len(recorder.capacities) > 2
 
 
@@ -136,13 +143,16 @@ def on_a_card(monkeypatch):
         yield waits
 
 
-def drawings_of(sizes, **how):
+SAMPLING = Sampling(seed=5, top_k=0)
+
+
+def drawings_of(sizes, sampling=SAMPLING, guidance_scale=3.0, **how):
     count = len(sizes)
-    return make_drawings(PROMPTS[:count], sizes, GRAMMAR, NEGATIVE[:count], 3.0, Sampling(seed=5, top_k=0), **how)
+    return make_drawings(PROMPTS[:count], sizes, GRAMMAR, NEGATIVE[:count], guidance_scale, sampling, **how)
 
 
-def drawn_on_a_cpu(model, sizes):
-    drawings = drawings_of(sizes)
+def drawn_on_a_cpu(model, sizes, *how):
+    drawings = drawings_of(sizes, *how)
     batch = Batch(model, "step")
     batch.join(*drawings)
     while batch:
@@ -223,6 +233,96 @@ def test_an_answer_beside_a_picture_is_looked_at_after_each_token(language_model
     assert drawing.drawn().tolist() == expected
 
 
+HOT = Sampling(seed=3, temperature=9.0, top_k=0)  # noise decides, so that many guesses are right
+
+
+@pytest.mark.parametrize(
+    "window, ahead, sizes, guidance_scale, sampling",
+    [
+        (1, 128, [(4, 5)], 3.0, HOT), (3, 8, [(4, 5)], 1, HOT), (15, 128, [(3, 4)], 1, Sampling(seed=2)),
+        (6, 21, [(5, 1)], 3.0, HOT), (2, 30, [(2, 3), (4, 4)], 3.0, HOT), (3, 10, [(1, 1), (3, 7)], 1, HOT),
+        (7, 128, [(3, 5)], 3.0, Sampling(seed=1, top_p=0.8, temperature=4)), (4, 20, [(4, 3)], 3.0, Sampling(top_k=1)),
+    ],
+)  # fmt: skip
+def test_windows_go_on_without_the_host(
+    language_model, monkeypatch, request, window, ahead, sizes, guidance_scale, sampling
+):
+    """Over the ends of rows and of a picture, as many passes as may pick `ahead` tokens."""
+    monkeypatch.setattr(Drawing, "ahead", ahead)
+    expected = drawn_on_a_cpu(language_model, sizes, sampling, guidance_scale)
+    waited, drawings = request.getfixturevalue("on_a_card"), drawings_of(sizes, sampling, guidance_scale)
+    batch, gained, most = Batch(language_model, "jacobi", window), dict.fromkeys(drawings, 0), []
+    batch.join(*drawings)
+    while batch:
+        window = min(window, 16 // sum(len(drawing.prompts) for drawing in batch.running or drawings) - 1)
+        most.append(ahead // (1 + window))
+        before = batch.forward_passes
+        for drawing, tokens in batch.step():
+            gained[drawing] += tokens
+        assert batch.forward_passes - before <= max(1, most[-1])
+    assert [drawing.drawn().tolist() for drawing in drawings] == expected
+    assert list(gained.values()) == [drawing.tokens for drawing in drawings]
+    assert len(waited) == len(most) and batch.forward_passes <= max(h * w for h, w in sizes)
+
+
+def test_windows_cut_off_joined_and_gone_on_with(language_model, request, monkeypatch):
+    """Ctrl-C in a pass loses what the host has not looked at; another picture joins and leaves; a batch goes on with
+    what was drawn before."""
+    monkeypatch.setattr(Drawing, "ahead", 9)
+    sizes = [(4, 5), (3, 4)]
+    expected = drawn_on_a_cpu(language_model, sizes, HOT)
+    request.getfixturevalue("on_a_card")
+    drawings, run, runs = drawings_of(sizes, HOT), decoding.Pass.run, []
+
+    def interrupted(step):
+        runs.append(step)
+        if len(runs) % 5 == 0:
+            raise KeyboardInterrupt
+        run(step)
+
+    def steps(batch, count=10**6):
+        while batch and count:
+            count -= 1
+            with contextlib.suppress(KeyboardInterrupt):
+                batch.step()
+
+    batch = Batch(language_model, "jacobi", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.Pass, "run", interrupted)
+        batch.join(drawings[0])
+        steps(batch, 2)
+        batch.join(drawings[1])
+        steps(batch, 2)
+        batch.leave(drawings[1])
+        cut = drawings[1].drawn()
+        assert 0 < len(cut) < len(expected[1]) and cut.tolist() == expected[1][: len(cut)]
+        steps(batch)
+    assert len(runs) > 5 and drawings[0].drawn().tolist() == expected[0]
+    again = drawings_of(sizes, HOT, drawn=[[], cut])[1]
+    for other in again, drawings[1]:  # read in one pass that picks, and in several
+        another = Batch(language_model, "jacobi", 2)
+        another.join(other)
+        steps(another)
+        assert other.drawn().tolist() == expected[1]
+
+
+def test_noise_is_uploaded_once_for_several_passes(language_model, request, monkeypatch):
+    """And that of a position once."""
+    monkeypatch.setattr(Drawing, "ahead", 12)
+    uploaded, original = [], passes.upload
+    (expected,) = drawn_on_a_cpu(language_model, [(3, 5)], HOT)
+    waited, (drawing,) = request.getfixturevalue("on_a_card"), drawings_of([(3, 5)], HOT)
+    monkeypatch.setattr(passes, "upload", lambda array: uploaded.append(array) or original(array))
+    batch = Batch(language_model, "jacobi", 3)
+    batch.join(drawing)
+    while batch:
+        batch.step()
+    noise = [array for array in uploaded if array.dtype == np.float32]
+    assert drawing.drawn().tolist() == expected
+    assert len(noise) <= len(waited) < batch.forward_passes
+    np.testing.assert_array_equal(np.concatenate(noise), drawing.noise(0, drawing.draws))
+
+
 class Returned(cache.KVCache):
     """Gives keys and values back: a program of Paddle's may not write into its inputs."""
 
@@ -246,17 +346,15 @@ def test_a_pass_traced_once_is_replayed(language_model, monkeypatch):
     def replay(step, run):
         def whole(ids, past, noise, keys, values):
             traces.append(step)
-            own, step.cache, step.noise = step.cache, Returned(keys, values), noise
-            hidden = step.model.model.step(ids, past, None, step.cache)
-            picked, written = step._pick(hidden), step.cache
-            step.cache = own
-            return picked, written.keys, written.values
+            step.ids, step.past, step.noise, step.cache = ids, past, noise, Returned(keys, values)
+            picked, next_ids, next_past = step.compute()
+            return picked, next_ids, next_past, step.cache.keys, step.cache.values
 
-        cached, noise = (step.cache.keys, step.cache.values), step.noise
+        cached, own = (step.cache.keys, step.cache.values), (step.ids, step.past, step.noise, step.cache)
         program = programs.setdefault(step, paddle.jit.to_static(whole, full_graph=True))
-        step.picked, *written = program(step.ids, step.past, step.noise, *cached)
-        step.noise = noise
-        for old, new in zip(sum(cached, []), sum(written, []), strict=True):
+        *step.results, keys, values = program(*own[:3], *cached)
+        step.ids, step.past, step.noise, step.cache = own
+        for old, new in zip(sum(cached, []), keys + values, strict=True):
             old.copy_(new, False)
         runs.append(step)
 

@@ -47,6 +47,9 @@ MORE_STEPS = [([4100, 3], 1, *RELEASED), ([4100, 700], 17, *RELEASED), ([300] * 
 PICKS = [(1, 1, 1, 0), (1, 2, 5, 2), (2, 1, 33, 1), (2, 3, 257, 7), (1, 1, 1025, 1000), (2, 2, 4097, 64),
          (1, 1, 5000, 4999), (2, 1, 300, 0)]  # rows, positions, tokens, top_k
 MORE_PICKS = [(2, 1, 32768, 2048), (2, 16, 32768, 2048), (1, 1, 184622, 2048), (1, 8, 184622, 0)]  # the released sizes
+ACCEPTS = [(1, 1, 1, 0), (2, 1, 1, 1), (2, 1, 16, 0), (40, 16, 2, 0), (33, 3, 16, 1), (64, 2, 7, 0), (300, 9, 64, 0)]
+ACCEPTS += [(rows, 1 + rows // 3, picks, 0) for rows in (4, 64) for picks in (3, 5, 8, 32)]
+# rows, sequences, picks, ids that were read without a pick
 EPSILON = 1e-5
 MARGIN = 64  # values before and after each tensor
 
@@ -428,21 +431,27 @@ def check_step(library, device, lengths, news, heads, kv_heads, dim, hidden, inn
     return {name: error / (2 * ROUNDING[dtype]) for name, error in errors.items()}, wrong  # it rounds several times
 
 
-def pick_token(library, logits, noise, ids, top_k, scale, temperature, first):
+def pick_token(library, logits, noise, ids, top_k, top_p, scale, temperature, first):
     """logits [rows, positions, tokens], noise [positions, tokens] or None, ids int64 [positions]"""
     pointers = map(pointer, (logits, noise, ids))
     sizes = map(ctypes.c_int64, (*logits.shape, top_k))
-    numbers = map(ctypes.c_float, (scale, temperature))
+    numbers = map(ctypes.c_float, (scale, temperature, top_p))
     return library.emu3_pick_token(*pointers, *sizes, *numbers, ctypes.c_int64(first), stream(logits.device.type))
 
 
-def picked(logits, noise, top_k, scale, temperature):
-    """What pick_token.cuh's plain loop picks, each operation rounded to float32."""
+def picked(logits, noise, top_k, top_p, scale, temperature):
+    """What pick_token.cuh's plain loop picks, each operation rounded to float32, but top_p's sums."""
     values = logits[0] if len(logits) == 1 else logits[1] + scale * (logits[0] - logits[1])
     if noise is not None:
         values = values / torch.full_like(values, temperature)  # by a number PyTorch multiplies by its inverse
         if 0 < top_k < values.shape[1]:
             least = values.topk(top_k, dim=1).values.min(1, keepdim=True).values
+            values = torch.where(values < least, -float("inf"), values)
+        if top_p < 1:
+            ordered = values.sort(dim=1, descending=True).values.double()
+            weights = torch.softmax(ordered, 1)
+            is_kept = weights.cumsum(1) - weights < torch.tensor(top_p).double()  # a float32 number
+            least = torch.where(is_kept, ordered, float("inf")).min(1, keepdim=True).values
             values = torch.where(values < least, -float("inf"), values)
         values = values + noise
     tokens = torch.arange(values.shape[1], device=values.device)
@@ -458,15 +467,62 @@ def check_pick(library, device, rows, positions, tokens, top_k, offset):
     noise, around_noise = guarded(100 * torch.randn(positions, tokens, generator=random), torch.float32, device, offset)
     whole = torch.full([positions + 2 * MARGIN], -7, dtype=torch.int64, device=device)
     ids, wrong = whole[MARGIN : MARGIN + positions], []
-    for some_noise, k in ((noise, top_k), (None, top_k), (noise, 1), (noise, 0)):
-        error = pick_token(library, logits, some_noise, ids, k, 3.0, 0.7, 9)
+    cases = [(noise, top_k, 1), (None, top_k, 1), (noise, 1, 1), (noise, 0, 1), (noise, top_k, 0.9), (noise, 0, 0.4)]
+    for some_noise, k, p in cases:
+        error = pick_token(library, logits, some_noise, ids, k, p, 3.0, 0.7, 9)
         wrong += [f"CUDA error {error}"] if error else []
-        if not bool((ids == 9 + picked(logits, some_noise, k, 3.0, 0.7)).all()):
-            wrong.append(f"other tokens are picked with top_k={k}{'' if some_noise is noise else ', without noise'}")
+        if not bool((ids == 9 + picked(logits, some_noise, k, p, 3.0, 0.7)).all()):
+            with_noise = "with noise" if some_noise is noise else "without noise"
+            wrong.append(f"other tokens are picked with top_k={k}, top_p={p}, {with_noise}")
     around = [whole[:MARGIN] == -7, whole[MARGIN + positions :] == -7]
     if not (untouched(logits, around_logits) and untouched(noise, around_noise) and bool(torch.cat(around).all())):
         wrong.append("something was written beside the ids")
     return {"ids": float("inf") if wrong else 0.0}, wrong  # there is no rounding in them
+
+
+def accept_tokens(library, ids, past, windows, forced, numbers, next_ids, next_past):
+    pointers = map(pointer, (ids, past, windows, forced, numbers, next_ids, next_past))
+    sizes = map(ctypes.c_int64, (*ids.shape, windows.shape[1], forced.shape[1]))
+    return library.emu3_accept_tokens(*pointers, *sizes, stream(ids.device.type))
+
+
+def window_arguments(device, rows, sequences, picks, unpicked, places=8190):
+    """Of emu3_accept_tokens: few kinds of ids, so that many guesses are right; some rows are at their end."""
+    random = torch.Generator().manual_seed(rows + picks)
+
+    def some(low, high, *shape):
+        return torch.randint(low, high, shape, generator=random)
+
+    forced = some(-4, 2, sequences, places).clip(-1)
+    sequence, at, base, stays = (some(0, high, rows) for high in (sequences, places - 1, 9, 5))
+    end = torch.where(stays == 0, 0, base + places - 1 - picks)
+    numbers = torch.stack([sequence, base, end, torch.full_like(base, unpicked)], 1)
+    given = some(0, 2, rows, picks + unpicked), base + at - unpicked, some(0, 2, sequences, picks), forced, numbers
+    return [tensor.contiguous().to(device) for tensor in given]
+
+
+def check_accept(library, device, rows, sequences, picks, unpicked):
+    """As check_norm, against accept_tokens.cuh's plain loop."""
+    given = window_arguments(device, rows, sequences, picks, unpicked)
+    next_ids = torch.full([rows + 2, picks], -7, device=device)
+    next_past = torch.full([rows + 2], -7, device=device)
+    error = accept_tokens(library, *given, next_ids[1:-1], next_past[1:-1])
+    expected = [[-7] * picks], [-7]
+    ids, past, windows, forced, numbers = (tensor.tolist() for tensor in given)
+    for row, cached, (sequence, base, end, skipped) in zip(ids, past, numbers):
+        before, known, last = cached + skipped - base, forced[sequence], len(forced[sequence]) - 1
+        fixed = [known[min(max(before + 1 + i, 0), last)] for i in range(2 * picks)]
+        tokens = [windows[sequence][min(i, picks - 1)] if id < 0 else id for i, id in enumerate(fixed)]
+        right = 1
+        while right < picks and row[skipped + right] == tokens[right - 1]:
+            right += 1
+        right = max(0, min(right, end - cached - skipped))
+        expected[0].append(tokens[max(right, 1) - 1 :][:picks])
+        expected[1].append(cached + skipped + right)
+    wrong = [f"CUDA error {error}"] if error else []
+    if (next_ids.tolist(), next_past.tolist()) != (expected[0] + [[-7] * picks], expected[1] + [-7]):
+        wrong.append("other guesses are accepted, or something was written beside them")
+    return {"ids": float("inf") if wrong else 0.0}, wrong
 
 
 def check_refusals(library, device):
@@ -483,8 +539,10 @@ def check_refusals(library, device):
         "3 bits": library.emu3_quantized_linear(2, 3, *[p] * 4, n, sixteen, n, stream(device)),
         "a step of nothing": decoder_step(library, DecoderStep(), device),
         "17 inputs": library.emu3_quantized_linear(2, 8, *[p] * 4, n, ctypes.c_int64(17), n, stream(device)),
-        "3 rows to pick from": pick_token(library, torch.ones(3, 1, 1, device=device), one, one, 0, 1, 1, 0),
-        "temperature 0": pick_token(library, torch.ones(1, 1, 1, device=device), one, one, 0, 1, 0, 0),
+        "3 rows to pick from": pick_token(library, torch.ones(3, 1, 1, device=device), one, one, 0, 1, 1, 1, 0),
+        "temperature 0": pick_token(library, torch.ones(1, 1, 1, device=device), one, one, 0, 1, 1, 0, 0),
+        "top_p 0": pick_token(library, torch.ones(1, 1, 1, device=device), one, one, 0, 0, 1, 1, 0),
+        "more picks than ids": library.emu3_accept_tokens(*[p] * 7, n, n, sixteen, n, stream(device)),
     }
     return [f"{name}: accepted" for name, code in calls.items() if code != 1]  # cudaErrorInvalidValue
 
@@ -521,6 +579,7 @@ def check(
     cases["pick token", "float32"] = [
         (f"{sizes} + {offset}", check_pick, (*sizes, offset)) for sizes in picks for offset in (0, 1)
     ]
+    cases["accept tokens", "int64"] = [(f"{sizes}", check_accept, sizes) for sizes in ACCEPTS]
     rows, wrong = [], check_refusals(library, device)
     for (kernel, types), calls in cases.items():
         largest = 0.0
@@ -590,15 +649,22 @@ def times(library, rows=16384, cols=4096, positions=8100, size=32768, dim=4):
         (f"{rows} x {positions} x {tokens}, top_k {k}", *time_pick(library, rows, positions, tokens, k))
         for rows, positions, tokens, k in MORE_PICKS
     ]
+    found["pick token", "float32"].append(
+        ("2 x 16 x 32768, top_k 2048, top_p 0.9", *time_pick(library, 2, 16, 32768, 2048, 0.9))
+    )
+    given = window_arguments("cuda", 2, 1, 16, 0)
+    ids, past = torch.empty_like(given[0]), torch.empty_like(given[1])
+    took = seconds(lambda: accept_tokens(library, *given, ids, past))
+    found["accept tokens", "int64"] = [("2 rows of 15 guesses, bound by its launch", took, 3 * ids.nbytes)]
     return found
 
 
-def time_pick(library, rows, positions, tokens, top_k):
+def time_pick(library, rows, positions, tokens, top_k, top_p=1):
     """(seconds, bytes that must be read); what PyTorch takes for its topk of the same sizes stands beside the table."""
     logits = torch.randn(rows, positions, tokens, device="cuda")
     noise, ids = torch.randn_like(logits[0]), torch.empty(positions, dtype=torch.int64, device="cuda")
-    took = seconds(lambda: pick_token(library, logits, noise, ids, top_k, 3.0, 0.7, 9))
-    if top_k:
+    took = seconds(lambda: pick_token(library, logits, noise, ids, top_k, top_p, 3.0, 0.7, 9))
+    if top_k and top_p == 1:
         torchs = seconds(lambda: logits[0].topk(top_k, dim=1, sorted=False))
         sizes = f"{positions} x {tokens}, top_k {top_k}"
         print(f"{sizes}: PyTorch's topk alone {1e6 * torchs:.0f} us, pick token with all of it {1e6 * took:.0f} us")

@@ -147,6 +147,7 @@ inline uint32_t __float_as_uint(float x) {
 inline float __fmul_rn(float x, float y) { return x * y; }
 
 inline void atomicAdd(int* to, int number) { *to += number; }
+inline void atomicMin(int* to, int number) { *to = std::min(*to, number); }
 
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
   const uint64_t bytes = uint64_t(high) << 32 | low;

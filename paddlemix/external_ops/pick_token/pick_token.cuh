@@ -1,15 +1,18 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// A token from logits with CUDA: guidance, temperature, top-k and Gumbel noise in one launch; free of Paddle.
+// A token from logits with CUDA: guidance, temperature, top-k, top-p and Gumbel noise in one launch; free of Paddle.
 //
 //   for each position, of its logits [rows][tokens]:
 //     value[t] = logits[0][t], of two rows logits[1][t] + guidance_scale * (logits[0][t] - logits[1][t])
-//     least = the top_k-th largest value / temperature
-//     id = offset + the first t of the largest (value[t] / temperature + noise[t]) of all not below least
+//     scaled[t] = value[t] / temperature
+//     least = the top_k-th largest scaled
+//     least = the largest x for which exp(scaled[t]) of all scaled[t] >= x is top_p or more of that of all >= least
+//     id = offset + the first t of the largest (scaled[t] + noise[t]) of all not below least
 //
-// Every operation is rounded to float32 by itself, as a chain of operators rounds. A block takes a position. It finds the
-// top_k-th largest value digit by digit: values are counted by their highest 8 bits, those with the bits that the one
-// looked for must have by the next 8, and so on: whole numbers, so the same each time. Values are made again for each
-// digit: logits come from the card's cache, which is faster than to keep what was made of them.
+// Every operation is rounded to float32 by itself, as a chain of operators rounds. A block takes a position. It finds
+// the top_k-th largest value digit by digit: values are counted by their highest 8 bits, those with the bits that the
+// one looked for must have by the next 8, and so on. Top-p goes bit by bit: exp(scaled) beside the largest, in units of
+// 2^-44, is added up by thread. Both add whole numbers, so the result is the same each time. Values are made again each
+// time: logits come from the card's cache, which is faster than to keep what was made of them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,15 +25,17 @@ namespace pick_token_cuda {
 constexpr int THREADS = 1024;
 constexpr int AHEAD = 4;  // values that a thread reads at a time
 constexpr int BITS = 8, BINS = 1 << BITS;
+constexpr int MOST_TOKENS = 1 << 19;  // with top-p: their weights of up to UNIT add up in 64 bits
+constexpr float UNIT = float(1ull << 44);
 
 struct Problem {
   const float* logits;  // [rows, positions, tokens]
-  const float* noise;   // [positions, tokens]; null: the largest value is taken, and top_k and temperature do not matter
+  const float* noise;   // [positions, tokens]; null: the largest value is taken, and the settings do not matter
   int64_t* ids;         // [positions]
   int64_t rows;         // 1, or 2 with guidance
   int64_t positions, tokens;
   int64_t top_k;  // 0: all
-  float guidance_scale, temperature;
+  float guidance_scale, temperature, top_p;
   int64_t offset;
 };
 
@@ -99,12 +104,45 @@ __device__ inline float kth_largest(const Problem& p, int k) {
   return number(prefix);
 }
 
-__global__ void __launch_bounds__(THREADS) pick_kernel(Problem p) {
+// The sum of every thread's number, in every thread.
+__device__ inline uint64_t summed(uint64_t number) {
+  __shared__ uint64_t sums[THREADS];
+  __syncthreads();  // the sum before was read
+  sums[threadIdx.x] = number;
+  for (int half = THREADS / 2; half; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  __syncthreads();
+  return sums[0];
+}
+
+// The least scaled value that top-p keeps of those not below `least`, in every thread.
+__device__ inline float least_of_top_p(const Problem& p, float least) {
+  const float largest = kth_largest(p, 1) / p.temperature;
+  const auto weight_from = [&](uint32_t lowest) {
+    uint64_t sum = 0;
+    for_each_value(p, [&](int, float value) {
+      value = value / p.temperature;
+      if (value >= least && ordered(value) >= lowest)  // the largest may be infinite
+        sum += uint64_t(value == largest ? UNIT : expf(value - largest) * UNIT);
+    });
+    return summed(sum);
+  };
+  const double wanted = ceil(double(p.top_p) * double(weight_from(0)));
+  uint32_t found = 0;
+  for (uint32_t bit = 1u << 31; bit; bit >>= 1)
+    if (double(weight_from(found | bit)) >= wanted) found |= bit;
+  return number(found);
+}
+
+__global__ void __launch_bounds__(THREADS, 1) pick_kernel(Problem p) {
   __shared__ float bests[THREADS];
   __shared__ int places[THREADS];
   const float* noise = p.noise ? p.noise + blockIdx.x * p.tokens : nullptr;
   const bool hides = noise && p.top_k > 0 && p.top_k < p.tokens;
-  const float least = hides ? kth_largest(p, int(p.top_k)) / p.temperature : -INFINITY;
+  float least = hides ? kth_largest(p, int(p.top_k)) / p.temperature : -INFINITY;
+  if (noise && p.top_p < 1) least = least_of_top_p(p, least);
   float best = -INFINITY;
   int place = 0;
   for_each_value(p, [&](int t, float value) {
@@ -135,7 +173,8 @@ __global__ void __launch_bounds__(THREADS) pick_kernel(Problem p) {
 
 inline cudaError_t pick(const Problem& p, cudaStream_t stream) {
   if (p.rows < 1 || p.rows > 2 || p.positions < 0 || p.positions > INT_MAX || p.tokens < 1 ||
-      p.tokens > INT_MAX - AHEAD * THREADS || p.top_k < 0 || !(p.temperature > 0))
+      p.tokens > (p.top_p < 1 ? MOST_TOKENS : INT_MAX - AHEAD * THREADS) || p.top_k < 0 || !(p.temperature > 0) ||
+      !(p.top_p > 0))
     return cudaErrorInvalidValue;
   if (p.positions == 0) return cudaSuccess;
   pick_kernel<<<unsigned(p.positions), THREADS, 0, stream>>>(p);

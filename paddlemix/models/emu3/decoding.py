@@ -16,7 +16,7 @@ from paddlemix.machine import NotEnoughMemory, require_memory, with_memory_relea
 from paddlemix.utils import InputError, whole_number, whole_numbers
 
 from .cache import cache_bytes
-from .passes import Pass
+from .passes import DeviceNoise, Pass, at_once
 from .sequences import Answer
 from .windows import COSTS, WITHOUT_OPERATORS, choose_window
 
@@ -55,6 +55,7 @@ class Batch:
         self.chunk = PROMPT_CHUNK["cpu" if self.on_cpu else "gpu"]
         self.most = few_rows() if self.on_cpu else FEW_ROWS  # tokens of a pass that do not depend on each other
         self.cache, self.slots = None, {}  # of each sequence the slots of its rows
+        self.noise = {}  # of each running sequence that on the device
         self.kept = {}  # of each slot that no sequence has the prompt in it, the one used last at the end
         self.waiting, self.running = deque(), []  # groups that joined together; sequences whose prompts are read
         self.forward_passes = 0  # that drew tokens
@@ -141,6 +142,7 @@ class Batch:
         for group in self.waiting:
             group[:] = [other for other in group if other is not sequence]
         slots = self.slots.pop(sequence)
+        self.noise.pop(sequence, None)
         if not (isinstance(sequence, Answer) and self._keep(sequence.prompts[0], slots[0])):
             self.cache.free(slots)
         if sequence.batch is self:  # a finished sequence that is kept does not keep the cache
@@ -184,8 +186,9 @@ class Batch:
 
     @paddle.no_grad()
     def step(self, only=None):
-        """Read a part of the prompts that wait, and run one pass for all whose prompts are read. On a card, where
-        pictures are drawn token by token and nothing else waits, as many passes as there are to the end of a row.
+        """Read a part of the prompts that wait, and run one pass for all whose prompts are read. On a card, where only
+        pictures are drawn and nothing else waits, several: token by token to the end of a row, with windows of guesses
+        as many as may pick Drawing.ahead tokens.
 
         `only`: of these sequences; the others stay as they are. None is all.
 
@@ -281,37 +284,55 @@ class Batch:
         rows = sum(len(sequence.prompts) for sequence in group)
         most = max(2, self.most // rows)
         window = min(self._window(group, rows), most - 1)
-        feeds = [sequence.feed(most, window) for sequence in group]
+        feeds = [sequence.feed(most, window, not self.on_cpu) for sequence in group]
         new, rows = max(len(ids) for ids, _ in feeds), [slot for sequence in group for slot in self.slots[sequence]]
         shape = tuple((sequence, len(ids), picked) for sequence, (ids, picked) in zip(group, feeds, strict=True))
-        shapes = [shape] + [tuple((sequence, 1, 1) for sequence in group)] * (self._steps(shape, window) - 1)
-        lengths = self.cache.lengths.copy()
-        end = int(lengths[rows].max()) + len(shapes) - 1
+        passes, lengths = self._passes_at_once(shape, window), self.cache.lengths
+        shapes = [shape] + [tuple((sequence, 1 + window, 1 + window) for sequence in group)] * (passes - 1)
+        end = int(lengths[rows].max()) + (passes - 1) * (1 + window)
+        end = min(end, max(sequence.length for sequence in group))  # where a row stays
         self._reserve(max(end, int(lengths[rows if self.on_cpu else slice(None)].max())) + new)
-        ids, picked = [ids for ids, _ in feeds], []
-        for ahead, shape in enumerate(shapes):
+        noise = [self._noise(*each, passes) for each in shape]
+        at_once([make for each, start, stop in noise for make in each.missing(start, stop)])
+        for each, start, stop in noise:
+            each.fill(start, stop)
+        last, picked = None, []
+        for shape in shapes:
             # used last: at the end
-            self._passes[shape] = self._passes.pop(shape, None) or Pass(self, shape, max(read for _, read, _ in shape))
+            this = self._passes.pop(shape, None) or Pass(self, shape, max(read for _, read, _ in shape))
+            self._passes[shape] = this
             self._forget_passes(MOST_PASSES)
-            ids = self._passes[shape](ids, lengths, ahead)
-            picked.append(ids if len(shapes) == 1 else ids.clone())  # another replay puts its own in that place
-            for sequence, read, _ in shape:
-                lengths[self.slots[sequence]] += read
+            if last is None:
+                this.feed([ids for ids, _ in feeds], lengths)
+            else:
+                this.follow(last)
+            last, ids = this, this()
+            picked.append(ids if passes == 1 else ids.clone())  # another replay puts its own in that place
+        # while the device computes, that of as many passes more
+        at_once([make for each, start, stop in noise for make in each.missing(start, 2 * stop - start)])
         return self._accept(shapes, picked)
 
-    def _steps(self, shape, window):
-        """Passes that can be launched one after the other, each fed on the device with what the one before has picked:
-        on a card, so that it waits for the host once a row of a picture. On a CPU there is nothing to wait for."""
-        if self.on_cpu or self.waiting or window or any(count != 1 for _, _, count in shape):
+    def _passes_at_once(self, shape, window):
+        """Passes that run one after the other without the host, on a card. On a CPU there is nothing to wait for."""
+        if self.on_cpu or self.waiting or any(picked != 1 + window for _, _, picked in shape):
             return 1
-        return min(sequence.steps_ahead for sequence, _, _ in shape)
+        return min(sequence.passes(window) for sequence, _, _ in shape)
+
+    def _noise(self, sequence, read, picked, passes):
+        """A sequence's noise on the device, and the positions, start and stop, that so many passes may pick."""
+        count = max(picked, 1 if self.on_cpu else sequence.ahead)
+        if sequence not in self.noise or self.noise[sequence].count < count:
+            self._forget_passes()
+            self.noise[sequence] = DeviceNoise(sequence, count)
+        start = sequence.cached + read - picked
+        return self.noise[sequence], start, start + passes * picked
 
     def _accept(self, shapes, picked):
         """Here the host waits for the device, once for all passes."""
         gained, start = {sequence: 0 for sequence, _, _ in shapes[0]}, 0
         picked = [] if picked[0] is None else (picked[0] if len(picked) == 1 else paddle.concat(picked)).numpy()
         for shape in shapes:
-            self.forward_passes += any(count for _, _, count in shape)
+            self.forward_passes += any(count and not sequence.is_done for sequence, _, count in shape)
             for sequence, read, count in shape:
                 gained[sequence] += sequence.accept(read, picked[start : start + count])
                 start += count

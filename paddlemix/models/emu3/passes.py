@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import paddle
 
+from paddlemix.external_ops.pick_token import accept_tokens
 from paddlemix.machine import available_cores
 from paddlemix.paddle_private import to_tensor
 
@@ -37,47 +38,68 @@ class Pass:
         self.row_slots = np.array(slots) if batch.on_cpu else np.arange(self.cache.slots)
         self.ids = paddle.zeros([len(self.row_slots), new], "int64")
         self.past = paddle.zeros([len(self.row_slots)], "int64")
-        self.noise = [None] * len(shape)
-        self.picked = None
-        owners = np.zeros(len(self.row_slots), np.int64)  # of each row which sequence's it is
-        for i, rows in enumerate(self.rows):
-            owners[rows] = i
-        self.owners = None if batch.on_cpu else upload(owners)
-        self.replayed = Replayed(all(s.sampling.can_be_recorded(picked) for s, _, picked in shape))
+        self.results = None
+        self.noise = [batch.noise[sequence].rows for sequence, _, _ in shape]
+        picks = [
+            (rows[0], read - picked - (len(sequence.prompts[0]) - 1) + i, 1 if noise is None else noise.shape[0])
+            for (sequence, read, picked), rows, noise in zip(shape, self.rows, self.noise, strict=True)
+            for i in range(picked)
+        ]
+        self.first, self.shift, self.size = map(upload, np.array(picks, np.int64).reshape([-1, 3]).T.copy())
+        self.forced = self.table = None
+        counts = {picked for _, _, picked in shape}
+        if not batch.on_cpu and len(counts) == 1 and all(sequence.forced is not None for sequence, _, _ in shape):
+            self._follow_up(*counts)
+        self.replayed = Replayed()
 
-    def __call__(self, ids, lengths, ahead=0):
-        """One pass; nothing waits for it.
+    def _follow_up(self, picks):
+        """Let the pass make what one after it reads: arguments of accept_tokens."""
+        places = max(len(sequence.forced) for sequence, _, _ in self.shape)
+        forced = [np.pad(s.forced, (0, places - len(s.forced)), "edge") for s, _, _ in self.shape]
+        table = np.zeros([len(self.row_slots), 4], np.int64)
+        for i, ((sequence, read, _), rows) in enumerate(zip(self.shape, self.rows, strict=True)):
+            for row, prompt in zip(rows, sequence.prompts, strict=True):
+                before = len(prompt) - 1
+                table[row] = i, before, before + len(sequence.forced) - 1, read - picks
+        self.forced, self.table = upload(np.stack(forced)), upload(table)
 
-        ids: of each sequence those that it reads, or, on the device, the one that the pass before has picked for each.
-        lengths: int64 [slots], how many tokens are in the cache. ahead: passes that the sequences do not know of yet.
+    def feed(self, ids, lengths):
+        """What the next call reads; nothing waits for it.
 
-        Returns what is picked, int64 [all], one sequence after the other, or None; in place for the next call.
+        ids: of each sequence int64 [read]. lengths: int64 [slots], how many tokens are in the cache.
         """
-        if paddle.is_tensor(ids):
-            self.ids.copy_(ids.index_select(self.owners).unsqueeze(-1), False)
-        else:
-            padded = np.zeros(self.ids.shape, np.int64)
-            for rows, own in zip(self.rows, ids, strict=True):
-                padded[rows, : len(own)] = own
-            self.ids.copy_(upload(padded), False)
+        padded = np.zeros(self.ids.shape, np.int64)
+        for rows, own in zip(self.rows, ids, strict=True):
+            padded[rows, : len(own)] = own
+        self.ids.copy_(upload(padded), False)
         self.past.copy_(upload(lengths[self.row_slots]), False)
-        picking = [i for i, (_, _, picked) in enumerate(self.shape) if picked]
-        draws = [functools.partial(self.shape[i][0].draws, ahead) for i in picking]
-        for i, noise in zip(picking, at_once(draws), strict=True):
-            if noise is not None:
-                self.noise[i] = paddle.zeros(noise.shape) if self.noise[i] is None else self.noise[i]
-                self.noise[i].copy_(upload(noise), False)
+
+    def follow(self, other):
+        """The next call reads what another pass, or this one, has made for it."""
+        self.ids.copy_(other.results[1], False)
+        self.past.copy_(other.results[2], False)
+
+    def __call__(self):
+        """One pass; nothing waits for it. Returns what is picked, int64 [all], one sequence after the other, or None.
+        The next call has it in the same place."""
         self.replayed(self.run)
-        at_once([functools.partial(sequence.look_ahead, ahead) for sequence, _, _ in self.shape])
-        return self.picked
+        return self.results[0] if self.results else None
 
     def run(self):
-        hidden = self.model.model.step(self.ids, self.past, self.slots, self.cache)
-        picked = self._pick(hidden)
-        if self.picked is None or picked is None:
-            self.picked = picked
-        else:  # where the first pass put it
-            self.picked.copy_(picked, False)
+        results = self.compute()
+        if self.results is None:
+            self.results = results
+        else:  # where the first pass put them
+            for old, new in zip(self.results, results, strict=True):
+                old.copy_(new, False)
+
+    def compute(self):
+        """What is picked, and what a pass after this one reads: ids and past."""
+        picked = self._pick(self.model.model.step(self.ids, self.past, self.slots, self.cache))
+        if picked is None or self.table is None:
+            return () if picked is None else (picked,)
+        windows = picked.reshape([len(self.shape), -1])
+        return picked, *accept_tokens(self.ids, self.past, windows, self.forced, self.table)
 
     def _pick(self, hidden):
         """Hidden states [rows, new, hidden_size] -> ids; a part of the head is read once for all that need it."""
@@ -92,8 +114,41 @@ class Pass:
             for i in wanted:
                 rows, count = len(self.rows[i]), self.shape[i][2]
                 logits[i], out = out[: rows * count].reshape([rows, count, -1]), out[rows * count :]
-        picked = [self.shape[i][0].pick(logits[i], self.noise[i]) for i in sorted(logits)]
+        picked, start, places = [], 0, None
+        if any(noise is not None for noise in self.noise):
+            places = (self.past.index_select(self.first) + self.shift) % self.size
+        for i in sorted(logits):
+            sequence, _, count = self.shape[i]
+            noise = self.noise[i]
+            noise = None if noise is None else noise.index_select(places[start : start + count])
+            picked.append(sequence.pick(logits[i], noise))
+            start += count
         return paddle.concat(picked) if picked else None
+
+
+class DeviceNoise:
+    """The noise of a sequence's next positions on the device, that of position p in row p % count: several passes find
+    theirs without the host, which uploads what is new for all of them at once.
+
+    Args:
+        sequence: Drawing or Answer.
+        count: how many positions there is memory for.
+    """
+
+    def __init__(self, sequence, count):
+        self.noise, self.count, self.end, self.stop = sequence.noise, count, sequence.draws, 0
+        self.rows = None if self.noise.sampling.is_greedy else paddle.zeros([count, self.noise.size])
+
+    def missing(self, start, stop):
+        """As sampling.Noise; the sequence ends before some positions."""
+        return self.noise.missing(start, min(stop, self.end))
+
+    def fill(self, start, stop):
+        """Have the noise of these positions, in place of earlier ones; nothing waits for it."""
+        start, stop = max(start, self.stop), min(stop, self.end)
+        if self.rows is not None and start < stop:
+            self.rows.scatter_(upload(np.arange(start, stop) % self.count), upload(self.noise(start, stop)))
+            self.stop = stop
 
 
 @functools.cache
@@ -105,8 +160,7 @@ os.register_at_fork(after_in_child=_threads.cache_clear)  # the threads stay wit
 
 
 def at_once(functions):
-    """What each function gives. They make noise, 3.5 ms for the released vocabulary, for which NumPy lets other threads
-    run."""
+    """Call functions that make noise, 3.5 ms for the released vocabulary, for which NumPy lets other threads run."""
     if len(functions) < 2:
         return [function() for function in functions]
     return list(_threads().map(lambda function: function(), functions))

@@ -1,13 +1,12 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Tokens from logits: temperature, top-k, top-p, and noise that is a function of the request alone."""
 
-import math
+import functools
 from dataclasses import dataclass
 
 import numpy as np
-import paddle
 
-from paddlemix.external_ops.pick_token import guided, hidden, keep_top_k, pick_token
+from paddlemix.external_ops.pick_token import keep_top_k, keep_top_p, pick_token
 from paddlemix.utils import InputError, real_number, whole_number
 
 # Logits are float32: times what is larger, or divided by what is smaller, several become infinite, and so equal.
@@ -61,32 +60,15 @@ class Sampling:
     def pick_guided(self, logits, noise, guidance_scale=1.0, offset=0):
         """The same of logits float32 [rows, picked, tokens], of one row or of two (with the prompt, without it), and
         noise float32 [picked, tokens], None if greedy -> int64 [picked], `offset` added."""
-        if self.is_greedy or self.top_p == 1.0:
-            return pick_token(logits, noise, guidance_scale, self.temperature, self.top_k, offset)
-        ids = self.pick(guided(logits, guidance_scale), noise)
-        return ids + offset if offset else ids
+        return pick_token(logits, noise, guidance_scale, self.temperature, self.top_k, self.top_p, offset)
 
     def top_logits(self, logits):
         """Logits over the temperature; minus infinity where top-k or top-p leaves a token out."""
-        return self._nucleus(keep_top_k(logits / self.temperature, self.top_k))
+        return keep_top_p(keep_top_k(logits / self.temperature, self.top_k), self.top_p)
 
     @property
     def is_greedy(self):
         return self.top_k == 1
-
-    def can_be_recorded(self, rows):
-        """Whether a CUDA graph can hold `pick` of so many rows: Paddle's sort of a single one waits for the card."""
-        return self.is_greedy or self.top_p == 1.0 or rows != 1
-
-    def _nucleus(self, logits):
-        """Keep the likeliest tokens that together reach top_p (Holtzman et al., arXiv 1904.09751)."""
-        if self.top_p == 1.0:
-            return logits
-        ordered = logits.sort(axis=-1, descending=True)
-        probabilities = paddle.nn.functional.softmax(ordered, axis=-1)
-        before = probabilities.cumsum(axis=-1) - probabilities
-        least = paddle.where(before < self.top_p, ordered, math.inf).min(axis=-1, keepdim=True)
-        return hidden(logits < least, logits)
 
 
 GREEDY = Sampling(top_k=1)
@@ -106,17 +88,18 @@ class Noise:
         self.made = {}
 
     def __call__(self, start, stop):
-        """float32 [stop - start, size]; None where nothing is drawn by chance."""
-        if self.sampling.is_greedy:
-            return None
-        self.make(start, stop)
+        """float32 [stop - start, size]"""
+        for make in self.missing(start, stop):
+            make()
         return np.stack([self.made[position] for position in range(start, stop)])
 
-    def make(self, start, stop):
-        """Make the noise of these positions; that of earlier ones is not needed any more."""
+    def missing(self, start, stop):
+        """Functions that make the noise of these positions where it is not made. That of earlier ones is not needed any
+        more. None where nothing is drawn by chance."""
         if self.sampling.is_greedy:
-            return
-        self.made = {position: noise for position, noise in self.made.items() if position >= start}
-        for position in range(start, stop):
-            if position not in self.made:
-                self.made[position] = self.sampling.noise(self.number, position, self.size)
+            return []
+        self.made = {position: self.made[position] for position in list(self.made) if position >= start}
+        return [functools.partial(self._make, p) for p in range(start, stop) if p not in self.made]
+
+    def _make(self, position):
+        self.made[position] = self.sampling.noise(self.number, position, self.size)

@@ -1,8 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """What is decoded: a picture or an answer. Each knows its prompts, its tokens and its sampling, and no other's.
 
-A `Batch` asks a sequence in every step: `feed` what the next forward pass reads of it, `draws` noise, `pick` ids from
-logits, `accept` them.
+A `Batch` asks a sequence in every step: `feed` what the next forward pass reads of it, `pick` ids from logits, `accept`
+them. The noise of what a pass picks is that of the positions from `cached + read - picked` on.
 """
 
 import numpy as np
@@ -37,6 +37,8 @@ class Drawing:
     Raises:
         InputError: a prompt, a size, a scale or `drawn` that cannot be.
     """
+
+    ahead = 128  # tokens that passes on a card may pick before the host looks; as many positions' noise is there
 
     def __init__(
         self, prompt, size, grammar, negative_prompt=None, guidance_scale=3.0, sampling=None, number=0, drawn=None
@@ -80,6 +82,11 @@ class Drawing:
         return self.grammar.num_tokens(*self.size)
 
     @property
+    def draws(self):
+        """Positions that have noise."""
+        return len(self.ids) - 1
+
+    @property
     def is_done(self):
         return self._next() == len(self.ids)
 
@@ -101,33 +108,28 @@ class Drawing:
         """The picture's codes, int64 [h, w]; of the rows that are drawn where it is not done."""
         return self.grammar.whole_rows(self.drawn(), *self.size)
 
-    def feed(self, most, window):
+    def feed(self, most, window, goes_ahead=False):
         """What the next pass reads: (ids int64 [new], how many of their hidden states it picks from).
 
-        At most `most` ids; the last ones may be `window` guesses of tokens to come.
+        At most `most` ids; the last ones may be `window` guesses of tokens to come. `goes_ahead`: with guesses it reads
+        as many as the passes that follow it on a card, forced ids and those behind the end among them.
         """
         stop = self._next()
+        if goes_ahead and window and self.cached == self.known - 1:
+            self.window, ids = window, self.ids[self.cached : self.known + window]
+            return np.pad(ids, (0, 1 + window - len(ids)), "edge"), 1 + window
         if stop - self.cached > most:  # tokens that were drawn in an earlier process are read again
             return self.ids[self.cached : self.cached + most], 0
         self.window = max(0, min(window, len(self.ids) - 1 - stop, most - (stop - self.cached)))
         return self.ids[self.cached : stop + self.window], 1 + self.window
 
-    @property
-    def steps_ahead(self):
-        """Passes of one token each, the next one first, before a token is forced."""
-        is_forced = self.forced[self._next() :] >= 0
-        return int(is_forced.argmax()) if is_forced.any() else len(is_forced)
-
-    def draws(self, ahead=0):
-        """Noise float32 [picked, tokens] for the positions that the pass picks; None where none is needed. `ahead`:
-        passes of one token each that come before and are not accepted yet."""
-        start = self._next() - 1 + ahead
-        return self.noise(start, start + 1 + self.window)
-
-    def look_ahead(self, ahead=0):
-        """Make the noise of the next pass, while this one is computed."""
-        start = self._next() - 1 + ahead
-        self.noise.make(start, min(start + 2 + 2 * self.window, len(self.ids) - 1))
+    def passes(self, window):
+        """How many passes, each after the first fed on a card with what the one before has picked, may run until the
+        host looks. One token each: those before a token is forced. With guesses the picture may end before the last
+        one: what that picks is lost."""
+        is_open = self.forced[self._next() :] < 0
+        tokens = int(is_open.sum()) if window or is_open.all() else int(is_open.argmin())
+        return max(1, min(tokens, self.ahead // (1 + window)))
 
     def pick(self, logits, noise):
         """Logits float32 [rows, picked, tokens] -> ids int64 [picked]"""
@@ -135,10 +137,13 @@ class Drawing:
 
     def accept(self, read, picked):
         """Take what a pass picked, int64 [picked], after it read so many ids. Returns how many tokens were gained."""
+        if self.is_done:
+            return 0
         if not len(picked):
             self.cached += read
             return 0
-        start, before = self._next(), self.gained
+        start, before = self.cached + read - len(picked) + 1, self.gained
+        picked = picked[: len(self.ids) - start]
         span = slice(start, start + len(picked))
         sampled, picked = picked, np.where(self.forced[span] < 0, picked, self.forced[span])
         # a token counts where all the guesses before it were right
@@ -192,6 +197,7 @@ class Answer:
     """
 
     luck = 0  # a pass gives one token
+    forced, ahead = None, 1  # nothing is; the host looks after each token
 
     def __init__(self, prompt, max_new_tokens, config, sampling=GREEDY, number=0):
         prompt = _without_padding(prompt, config.pad_token_id)
@@ -211,17 +217,16 @@ class Answer:
     def is_done(self):
         return self.ended or len(self.ids) == self.max_new_tokens
 
-    def feed(self, most, window):
+    @property
+    def draws(self):
+        return self.max_new_tokens
+
+    def feed(self, most, window, goes_ahead=False):
         ids = [self.prompts[0][-1], *self.ids][self.cached :]
         return np.array(ids[:most]), int(len(ids) <= most)
 
-    steps_ahead = 1  # whether the answer ends is seen after each token
-
-    def draws(self, ahead=0):
-        return self.noise(len(self.ids) + ahead, len(self.ids) + ahead + 1)
-
-    def look_ahead(self, ahead=0):
-        self.noise.make(len(self.ids) + ahead, len(self.ids) + ahead + 2)
+    def passes(self, window):
+        return 1  # the answer may end with each token
 
     def pick(self, logits, noise):
         return self.sampling.pick_guided(logits, noise)
