@@ -121,6 +121,9 @@ SIMD_TARGET void attend_tiles(const Problem& p, int64_t row, int64_t head, int64
   }
   for (int64_t q = 0; q < queries; ++q) {
     float* out = p.out + p.at(row, head, first + q);
+    if (p.logs)
+      p.logs[(row * p.heads + head * group + q % group) * p.news + begin + q / group] =
+          room.largest[q] + std::log(room.total[q]);
     if (room.total[q] == 0)
       mean<T>(p, row, head, out);
     else
