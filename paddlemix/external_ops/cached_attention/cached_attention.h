@@ -30,7 +30,10 @@ struct Problem {
   const bool* allowed;     // null or [batch, longest]
   float* out;              // [batch, news, heads, dim]
   int64_t batch, news, heads, kv_heads, dim, longest, capacity;
-  float* logs = nullptr;   // null or [batch, heads, news]: of tiles, the logarithm of the sum of exp(score)
+  // Of tiles, for training:
+  float* logs = nullptr;  // null or [batch, heads, news]: the logarithm of the sum of exp(score)
+  float dropout = 0;      // of weights
+  uint64_t seed = 0;
 
   int64_t group() const { return heads / kv_heads; }
   int64_t queries() const { return news * group(); }  // of a key head: those of a token one after the other
@@ -70,7 +73,7 @@ void mean(const Problem& p, int64_t row, int64_t head, float* out) {
 #if defined(__x86_64__)
 namespace cached_attention::bfloat {  // queries and weights are rounded to what the cache holds
 using namespace simd::bfloat;
-using avx512::hide, avx512::weigh;
+using avx512::hide, avx512::keep, avx512::weigh;
 }  // namespace cached_attention::bfloat
 #define SIMD bfloat
 #define SIMD_TARGET SIMD_BFLOAT

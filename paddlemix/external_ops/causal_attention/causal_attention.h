@@ -22,6 +22,8 @@ struct Problem {
   const float* logs;                // [batch, heads, length]
   float *dquery, *dkey, *dvalue;    // as query, key and value
   int64_t batch, length, heads, kv_heads, dim;
+  float dropout;
+  uint64_t seed;
 
   int64_t group() const { return heads / kv_heads; }
 };
@@ -50,6 +52,8 @@ inline void forward(const Problem& p, float* out, float* logs) {
   to.kv_heads = p.kv_heads;
   to.dim = p.dim;
   to.logs = logs;
+  to.dropout = p.dropout;
+  to.seed = p.seed;
   cached_attention::attend_by_tiles<float>(to);
 }
 

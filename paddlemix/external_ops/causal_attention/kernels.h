@@ -4,8 +4,8 @@
 //   for each query q: delta[q] = dout[q] . out[q]
 //   for each key k and each query q >= k:
 //     weight = exp(q . k - logs[q])
-//     dscore = weight * (dout[q] . v[k] - delta[q])
-//     dv[k] += weight * dout[q],  dk[k] += dscore * q,  dq[q] += dscore * k / sqrt(dim)
+//     dscore = weight * (factor * dout[q] . v[k] - delta[q])  // factor: 1, or what dropout makes of it
+//     dv[k] += weight * factor * dout[q],  dk[k] += dscore * q,  dq[q] += dscore * k / sqrt(dim)
 //
 // by blocks of keys and tiles of queries, whose five products are packed ones.
 namespace causal_attention {
@@ -41,11 +41,11 @@ SIMD_TARGET inline void mix_queries(const float* weights, const float* rows, int
 
 // The scores of one query and a block of keys, of which it sees `seen`, become weights, and what `dweights` holds the
 // gradients of the scores.
-SIMD_TARGET inline void weigh(float* scores, float* dweights, int64_t seen, float log, float delta) {
+SIMD_TARGET inline void weigh(float* scores, float* dweights, const float* factors, int64_t seen, float log, float delta) {
   for (int j = 0; j < BLOCK; ++j) {
-    const float weight = simd::exponential<FUSED>(scores[j] - log);
-    scores[j] = j < seen ? weight : 0;
-    dweights[j] = scores[j] * (dweights[j] - delta);
+    const float all = simd::exponential<FUSED>(scores[j] - log), weight = j < seen ? all : 0;
+    dweights[j] = weight * (factors[j] * dweights[j] - delta);
+    scores[j] = weight * factors[j];
   }
 }
 
@@ -74,6 +74,8 @@ SIMD_TARGET inline void head_gradient(const Problem& p, int64_t row, int64_t hea
   }
   std::vector<float> keys(BLOCK * width), values(BLOCK * width), turned_keys(BLOCK * width), turned_values(BLOCK * width);
   std::vector<float> dkeys(BLOCK * width), dvalues(BLOCK * width), scores(QUERIES * BLOCK), dscores(QUERIES * BLOCK);
+  float factors[BLOCK];
+  std::fill(factors, factors + BLOCK, 1.0f);
   const auto units = [](const std::vector<float>& x) { return (uint32_t*)x.data(); };
   for (int64_t key = 0; key < p.length; key += BLOCK) {
     const int64_t count = std::min<int64_t>(BLOCK, p.length - key), from = kept + key * p.dim;
@@ -93,7 +95,9 @@ SIMD_TARGET inline void head_gradient(const Problem& p, int64_t row, int64_t hea
         score_tile<ROWS>(units(dout_tiles) + t * width, units(turned_values), width, ds);
         for (int64_t q = t; q < t + ROWS; ++q, s += BLOCK, ds += BLOCK) {
           const int64_t seen = q < p.length ? std::min(q + 1 - key, count) : 0;
-          weigh(s, ds, seen, q < p.length ? logs[q] : 0, q < p.length ? delta[q] : 0);
+          if (p.dropout > 0)
+            cached_attention::SIMD::keep(p.dropout, p.seed, (row * p.heads + head) * p.length + q, key, factors);
+          weigh(s, ds, factors, seen, q < p.length ? logs[q] : 0, q < p.length ? delta[q] : 0);
         }
         mix_tile<ROWS>(units(dscores) + (t - begin) * BLOCK, units(keys), BLOCK, width, &dquery[t * width]);
       }

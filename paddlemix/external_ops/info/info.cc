@@ -6,7 +6,7 @@
 
 extern "C" {
 
-int emu3_ops_version() { return 4; }  // of what the operators take; external_ops/__init__.py names the one it calls
+int emu3_ops_version() { return 5; }  // of what the operators take; external_ops/__init__.py names the one it calls
 
 int emu3_ops_level() { return simd::level(); }
 
