@@ -101,6 +101,25 @@ def load_generation(directory, inputs, dtype, decoding):
     return generate
 
 
+def load_training(directory, recompute):
+    """One step of training in float32, as a function of ids and labels, int64 [rows, length]: it returns the loss."""
+    model = language_model(directory, "float32").train()
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, (0.9, 0.95), 1e-6, weight_decay=0.1, fused=True)
+
+    @torch.enable_grad()
+    def step(ids, labels):
+        loss = model(torch.from_numpy(ids), labels=torch.from_numpy(labels), use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
 def steps(side, directory, prompt=40, count=8, rows=2):
     """Forward passes of a new token in bfloat16; with guidance an image is two rows."""
     load_s, model = timed(language_model, Path(directory), "bfloat16")
