@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The operators of training on a CPU: products, causal attention and the head's loss against float64, with gradients."""
+"""The operators of training on a CPU against float64, with their gradients."""
 
 import os
 import subprocess
@@ -15,6 +15,7 @@ from paddlemix.external_ops.causal_attention import causal_attention
 from paddlemix.external_ops.cross_entropy import cross_entropy_
 from paddlemix.external_ops.few_rows_linear import dequantize, few_rows_linear, quantize
 from paddlemix.external_ops.float_product import float_product
+from paddlemix.external_ops.square_sum import square_sum
 from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM
 from paddlemix.training.loss import next_token_loss
 
@@ -33,7 +34,9 @@ def random(*shape, seed=0):
 def close(found, right, tolerance=2e-6):
     """Within a tolerance of the largest number."""
     found, right = np.asarray(found, np.float64), np.asarray(right, np.float64)
-    return found.shape == right.shape and np.abs(found - right).max(initial=0) <= tolerance * np.abs(right).max(initial=1)
+    return found.shape == right.shape and np.abs(found - right).max(initial=0) <= tolerance * np.abs(right).max(
+        initial=1
+    )
 
 
 def gradients(f, arrays, dy):
@@ -50,7 +53,9 @@ def gradients(f, arrays, dy):
 def test_products(vectors, rows, depth, out, x_turned, weight_turned):
     x, weight, given = random(rows, depth), random(out, depth, seed=1), random(rows, out, seed=2)
     right = x.astype(np.float64) @ weight.T.astype(np.float64)
-    x, weight = (paddle.to_tensor(np.ascontiguousarray(a.T if t else a)) for a, t in ((x, x_turned), (weight, weight_turned)))
+    x, weight = (
+        paddle.to_tensor(np.ascontiguousarray(a.T if t else a)) for a, t in ((x, x_turned), (weight, weight_turned))
+    )
     found = float_product(x, weight, x_turned=x_turned, weight_turned=weight_turned)
     assert close(found, right)
     into = paddle.to_tensor(given)
@@ -102,7 +107,9 @@ def attention_in_float64(query, key, value, dout):
     return out, ((dscores @ k).transpose(0, 2, 1, 3), of_key_heads(dkey), of_key_heads(dvalue))
 
 
-@pytest.mark.parametrize("batch, length, heads, kv_heads, dim", [(2, 1, 2, 1, 5), (1, 70, 2, 1, 40), (2, 133, 4, 2, 64)])
+@pytest.mark.parametrize(
+    "batch, length, heads, kv_heads, dim", [(2, 1, 2, 1, 5), (1, 70, 2, 1, 40), (2, 133, 4, 2, 64)]
+)
 def test_causal_attention(vectors, batch, length, heads, kv_heads, dim):
     query, dout = 2 * random(batch, length, heads, dim), random(batch, length, heads * dim, seed=3)
     key, value = (random(batch, kv_heads, length, dim, seed=i) for i in (1, 2))
@@ -178,6 +185,11 @@ def test_cross_entropy(vectors):
     assert close(given, np.exp(wide) / sums - np.eye(2100)[labels], 3e-7)
     given = paddle.to_tensor(np.float32([[1, np.nan], [np.inf, 2], [1, 2]]))
     assert np.isnan(cross_entropy_(given, paddle.to_tensor([0, 1, 0])).numpy()).tolist() == [True, True, False]
+
+
+def test_square_sum(vectors):
+    numbers = random(3, 50001)
+    assert square_sum(paddle.to_tensor(numbers)) == pytest.approx((numbers.astype(np.float64) ** 2).sum(), rel=1e-12)
 
 
 def test_the_loss_and_its_gradients_are_those_of_paddle(monkeypatch):

@@ -28,7 +28,7 @@ from paddlemix.utils import InputError
 OPERATORS = (
     "fused_rms_norm", "fused_ln", "nearest_codeword", "few_rows_linear", "quantize_weight", "cached_attention",
     "decoder_step", "winograd_conv", "spatial_norm", "pick_token", "float_product", "causal_attention",
-    "cross_entropy", "swiglu",
+    "cross_entropy", "swiglu", "square_sum",
 )  # fmt: skip
 VERSION = 5  # of what the operators take, as in info.cc
 VECTORS = ("plain", "AVX2", "AVX-VNNI", "AVX-512", "AVX-512 VNNI")  # as simd.h's Level

@@ -18,18 +18,17 @@ LOGITS = 1 << 26  # float32 numbers that are in memory at once; on a card with t
 def next_token_loss(model, ids, labels):
     """The sum of the cross entropies of a batch's labels, float32 [].
 
-    Of logits no more than LOGITS are in memory. Their gradient is made at once on a CPU; elsewhere they are made again in
-    the backward pass. Padding on the right needs no mask, since no token sees what comes after it.
+    Of logits no more than LOGITS are in memory. Their gradient is made at once on a CPU; elsewhere they are made again
+    in the backward pass. Padding on the right needs no mask, since no token sees what comes after it.
 
     Args:
         model: Emu3ForCausalLM.
         ids, labels: int64 [rows, length]; labels are those of the ids at their own positions, IGNORED where there is
             none. At least one position beside the first has one.
     """
-    hidden = model.model(ids)[:, :-1].flatten(0, 1)
-    labels = labels[:, 1:].flatten()
+    labels = F.pad(labels[:, 1:], [0, 0, 0, 1], value=IGNORED).flatten()  # of the positions that predict them
     places = (labels != IGNORED).nonzero().flatten()
-    hidden, labels = hidden.index_select(places), labels.index_select(places)
+    hidden, labels = model.model(ids).flatten(0, 1).index_select(places), labels.index_select(places)
     at_once, head = max(1, LOGITS // model.config.vocab_size), model.lm_head
     if _has_head_loss(head, hidden):
         return _HeadLoss.apply(hidden, head.weight, head.weight_scale, labels, at_once)
@@ -54,18 +53,17 @@ def _has_head_loss(head, hidden):
 
 
 class _HeadLoss(PyLayer):
-    """The sum of the losses of rows: the gradients of some rows' logits are taken through the head while they are there.
-
-    Three products of the head, where making the logits again would take four.
-    """
+    """The sum of the losses of rows. The gradients of some rows' logits go through the head while they are there: three
+    products of the head, where making the logits again would take four."""
 
     @staticmethod
     def forward(ctx, hidden, weight, scale, labels, at_once):
         ctx.others = [None] * (scale is not None) + [None]  # no gradients of these
-        losses, dhidden, ctx.dweight, ctx.dtype = [], [], None, weight.dtype
+        losses, dhidden, logits, ctx.dweight, ctx.dtype = [], [], None, None, weight.dtype
         for start in range(0, len(labels), at_once):
             some = hidden[start : start + at_once]
-            logits = float_product(some, weight, scale)
+            logits = None if logits is None or len(some) < len(logits) else logits  # its memory again
+            logits = float_product(some, weight, scale, into=logits, add=False)
             losses.append(cross_entropy_(logits, labels[start : start + at_once]))
             dhidden.append(float_product(logits, weight, scale, hidden.shape[1], weight_turned=True))
             if not weight.stop_gradient:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import paddle
 
+from paddlemix.external_ops.square_sum import square_sum
 from paddlemix.models.emu3.safetensors_file import SafetensorsFile, write_safetensors
 from paddlemix.utils import InputError, replacing
 
@@ -67,7 +68,7 @@ class AdamW:
         for dtype in {gradient.dtype for gradient in gradients.values()}:
             self.ranks.sum([gradient for gradient in gradients.values() if gradient.dtype == dtype])
         own = [gradients[name].astype("float32") for name in self.masters]
-        squares = sum(float((gradient * gradient).sum()) for gradient in own)
+        squares = sum(map(square_sum, own))
         norm = math.sqrt(self.ranks.sum_numbers(squares)[0])
         if math.isfinite(norm):
             scale = min(1.0, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ has it
