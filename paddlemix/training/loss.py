@@ -7,8 +7,8 @@ from paddle.autograd import PyLayer
 from paddle.distributed.fleet.utils import recompute
 
 from paddlemix.external_ops import operators
-from paddlemix.external_ops.cross_entropy import cross_entropy_
 from paddlemix.external_ops.float_product import float_product
+from paddlemix.external_ops.fused_cross_entropy import fused_cross_entropy_
 
 from .datasets import IGNORED
 
@@ -64,7 +64,7 @@ class _HeadLoss(PyLayer):
             some = hidden[start : start + at_once]
             logits = None if logits is None or len(some) < len(logits) else logits  # its memory again
             logits = float_product(some, weight, scale, into=logits, add=False)
-            losses.append(cross_entropy_(logits, labels[start : start + at_once]))
+            losses.append(fused_cross_entropy_(logits, labels[start : start + at_once]))
             dhidden.append(float_product(logits, weight, scale, hidden.shape[1], weight_turned=True))
             if not weight.stop_gradient:
                 ctx.dweight = float_product(logits, some, x_turned=True, weight_turned=True, into=ctx.dweight)

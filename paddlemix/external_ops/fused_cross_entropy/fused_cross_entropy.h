@@ -8,7 +8,7 @@
 #include "../parallel.h"
 #include "../simd.h"
 
-namespace cross_entropy {
+namespace fused_cross_entropy {
 
 struct Problem {
   float* logits;          // [rows, classes]; becomes softmax(logits) - one_hot(label)
@@ -17,13 +17,13 @@ struct Problem {
   int64_t rows, classes;
 };
 
-}  // namespace cross_entropy
+}  // namespace fused_cross_entropy
 
-#define SIMD_KERNELS "cross_entropy/kernels.h"
+#define SIMD_KERNELS "fused_cross_entropy/kernels.h"
 #include "../simd_each.h"
 #undef SIMD_KERNELS
 
-namespace cross_entropy {
+namespace fused_cross_entropy {
 
 inline void compute(const Problem& p) {
   const auto one = SIMD_CHOOSE(row_loss);
@@ -32,4 +32,4 @@ inline void compute(const Problem& p) {
   });
 }
 
-}  // namespace cross_entropy
+}  // namespace fused_cross_entropy

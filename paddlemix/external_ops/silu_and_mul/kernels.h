@@ -1,6 +1,6 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// swiglu.h includes it for each kind of vectors, which the compiler makes of these loops.
-namespace swiglu {
+// silu_and_mul.h includes it for each kind of vectors, which the compiler makes of these loops.
+namespace silu_and_mul {
 namespace SIMD {
 using namespace simd::SIMD;
 
@@ -19,4 +19,4 @@ SIMD_TARGET inline void backward(const Problem& p, int64_t begin, int64_t end) {
 }
 
 }  // namespace SIMD
-}  // namespace swiglu
+}  // namespace silu_and_mul

@@ -7,8 +7,8 @@ import paddle.nn.functional as F
 from .. import operators, wants_gradient
 
 
-def swiglu(gate, up):
+def silu_and_mul(gate, up):
     """silu(gate) * up (Shazeer, arXiv 2002.05202), of one shape and dtype; on a CPU in training by the operator."""
     if (ops := operators()) and gate.place.is_cpu_place() and gate.dtype == paddle.float32 and wants_gradient(gate, up):
-        return ops.swiglu(gate, up)
+        return ops.silu_and_mul(gate, up)
     return F.silu(gate) * up

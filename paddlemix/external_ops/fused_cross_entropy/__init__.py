@@ -6,7 +6,7 @@ import paddle
 from .. import operators
 
 
-def cross_entropy_(logits, labels):
+def fused_cross_entropy_(logits, labels):
     """Losses of rows of logits, which become the gradient of their sum. The caller asks `operators()` first.
 
     Args:
@@ -17,5 +17,5 @@ def cross_entropy_(logits, labels):
         float32 [rows]
     """
     losses = paddle.empty(logits.shape[:1], "float32")
-    operators().cross_entropy(logits, labels, losses)
+    operators().fused_cross_entropy(logits, labels, losses)
     return losses

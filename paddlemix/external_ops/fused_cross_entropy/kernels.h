@@ -1,10 +1,10 @@
 // Licensed under the Apache License, Version 2.0; see LICENSE.
-// cross_entropy.h includes it for each kind of vectors. The plain loop, of each row:
+// fused_cross_entropy.h includes it for each kind of vectors. The plain loop, of each row:
 //
 //   total = the sum of exp(logit - largest)
 //   loss = log(total) + largest - logit[label]
 //   gradient = exp(logit - largest) / total, less 1 at the label
-namespace cross_entropy {
+namespace fused_cross_entropy {
 namespace SIMD {
 using namespace simd::SIMD;
 
@@ -19,10 +19,9 @@ SIMD_TARGET inline void row_loss(const Problem& p, int64_t row) {
   double total = 0;
   for (int64_t begin = 0; begin < p.classes; begin += PIECE) {
     const int64_t end = std::min(begin + PIECE, p.classes);
-    for (int64_t i = begin; i < end; ++i) x[i] = simd::exponential<FUSED>(x[i] - largest);
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) sum += x[i];
+    for (int64_t i = begin; i < end; ++i) sum += x[i] = simd::exponential<FUSED>(x[i] - largest);
     total += sum;
   }
   const float share = 1 / total;
@@ -32,4 +31,4 @@ SIMD_TARGET inline void row_loss(const Problem& p, int64_t row) {
 }
 
 }  // namespace SIMD
-}  // namespace cross_entropy
+}  // namespace fused_cross_entropy
