@@ -48,8 +48,8 @@ help:
 	@echo "make lint   ruff only"
 	@echo "make venv   .venv with all that is needed; the others make it themselves; .venv/bin/emu3 lists the commands"
 	@echo "make bench  side by side with transformers, into benchmarks/RESULTS.md; BENCH=--quick takes minutes, not an hour;"
-	@echo "            BENCH=prompts is beside llama.cpp; operators, released, quality, serving, speculation and loading are the"
-	@echo "            others, BENCH=--help lists them"
+	@echo "            BENCH=prompts is beside llama.cpp; training, operators, released, quality, serving, speculation and"
+	@echo "            loading are the others, BENCH=--help lists them"
 	@echo "make clean  remove all of that"
 	@echo
 	@echo "PYTHON=...  the Python to use: 3.10, 3.11 or 3.12"

@@ -32,6 +32,7 @@ COMMANDS = {
     "serving": "many clients at once: throughput and latency of the service's engine",
     "speculation": "windows of guesses on a CPU: the tokens that they gain, and what larger forward passes cost",
     "loading": "peak memory and time of loading a checkpoint",
+    "training": "a step of fine-tuning beside transformers: tokens a second and memory",
 }
 PEERS = {"peer": "transformers and PyTorch", "llama": "llama.cpp"}  # of a command with HAS_PEER or HAS_LLAMA
 

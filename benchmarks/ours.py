@@ -55,6 +55,30 @@ def load_generation(directory, inputs, dtype, decoding):
     return generate
 
 
+def load_training(directory, recompute, dropout):
+    """One step of training in float32, as a function of ids and labels, int64 [rows, length]: it returns the loss."""
+    import paddle
+
+    from paddlemix.models.emu3 import Emu3ForCausalLM
+    from paddlemix.training.loss import next_token_loss
+    from paddlemix.training.optimizer import AdamW
+    from paddlemix.training.ranks import Ranks
+
+    model = Emu3ForCausalLM.from_pretrained(directory, dtype="float32", attention_dropout=dropout).train()
+    if recompute:
+        model.recompute_enable()
+    optimizer = AdamW(dict(model.named_parameters()), 0.1, Ranks())
+
+    def step(ids, labels):
+        count = int((labels[:, 1:] >= 0).sum())
+        loss = next_token_loss(model, paddle.to_tensor(ids), paddle.to_tensor(labels)) / count
+        loss.backward()
+        optimizer.step(1e-5, 5.0)
+        return float(loss)
+
+    return step
+
+
 def margins(work, inputs, codes):
     """Nothing: the peer's values show how clear the winners were."""
     return {}

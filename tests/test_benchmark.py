@@ -29,6 +29,7 @@ import released
 import speculation
 import summary
 import text_model
+import training
 from page import Page
 from peer import llama
 
@@ -163,7 +164,7 @@ def test_commands(monkeypatch, capsys):
     run = bench.parse(["operators", "--parts", "linear", "--no_peer"])
     assert (run.command, run.parts, run.small) == ("operators", ["linear"], False)
     assert set(bench.COMMANDS) == {"compare", "operators", "released", "quality", "prompts", "serving", "speculation",
-                                   "loading"}
+                                   "loading", "training"}  # fmt: skip
     assert bench.parse(["prompts", "--llama_python", sys.executable]).no_llama is False
     monkeypatch.setenv("PEER_PYTHON", "/nowhere/python")
     with pytest.raises(SystemExit):
@@ -173,6 +174,18 @@ def test_commands(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench.parse(["prompts"])
     assert "/nowhere/llama is missing" in capsys.readouterr().err
+
+
+def test_a_row_of_training_compares_the_best_steps_after_the_first():
+    ours = {"tokens": 100, "steps": [{"seconds": s, "loss": 2.0, "peak_bytes": 1e9} for s in (9, 2, 1)]}
+    theirs = {"tokens": 100, "steps": [{"seconds": s, "loss": 2.0001, "peak_bytes": 3e9} for s in (1, 4, 4)]}
+    assert training.row_of("x", 0.0, ours, theirs) == [
+        "x", "0", "100", "25", "**4.00**", "1.00 GB", "3.00 GB", "**3.00**"
+    ]  # fmt: skip
+    assert training.row_of("x", 0.1, ours, None)[2:] == ["100", "-", "-", "1.00 GB", "-", "-"]
+    assert training.same_losses(ours, theirs)
+    theirs["steps"][1]["loss"] = 2.1
+    assert not training.same_losses(ours, theirs)
 
 
 # --- RESULTS.md ------------------------------------------------------------------------------------------

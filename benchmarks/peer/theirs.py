@@ -101,9 +101,12 @@ def load_generation(directory, inputs, dtype, decoding):
     return generate
 
 
-def load_training(directory, recompute):
+def load_training(directory, recompute, dropout):
     """One step of training in float32, as a function of ids and labels, int64 [rows, length]: it returns the loss."""
     model = language_model(directory, "float32").train()
+    for layer in model.modules():
+        if hasattr(layer, "attention_dropout"):
+            layer.attention_dropout = dropout
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, (0.9, 0.95), 1e-6, weight_decay=0.1, fused=True)

@@ -3,9 +3,10 @@
 one is made.
 
 Each operator has a wrapper in a module of its own. A wrapper checks its arguments in one place and computes with the
-compiled module or, the same, with Paddle. Two kinds need the compiled module, and their callers ask `operators()`
-first: those that join the work of others (decoder_step) and those of the vision tokenizer, where oneDNN stands in
-(winograd_conv, spatial_norm).
+compiled module or, the same, with Paddle. Three kinds need the compiled module, and their callers ask `operators()`
+first: those that join the work of others (decoder_step), those of the vision tokenizer, where oneDNN stands in
+(winograd_conv, spatial_norm), and those of training, where Paddle's gradients do (float_product, causal_attention,
+fused_cross_entropy).
 
 In the environment, EMU3_OPS=0 leaves the compiled operators out (1: takes them), and EMU3_OPS_SIMD=plain, avx2 or
 avx512 keeps them from better instructions (all three from products of integers; best: from none), for tests. Other
@@ -26,7 +27,8 @@ from paddlemix.utils import InputError
 
 OPERATORS = (
     "fused_rms_norm", "fused_ln", "nearest_codeword", "few_rows_linear", "quantize_weight", "cached_attention",
-    "decoder_step", "winograd_conv", "spatial_norm", "pick_token", "accept_tokens",
+    "decoder_step", "winograd_conv", "spatial_norm", "pick_token", "accept_tokens", "float_product",
+    "causal_attention", "fused_cross_entropy", "silu_and_mul", "square_sum",
 )  # fmt: skip
 VERSION = 5  # of what the operators take, as in info.cc
 VECTORS = ("plain", "AVX2", "AVX-VNNI", "AVX-512", "AVX-512 VNNI")  # as simd.h's Level

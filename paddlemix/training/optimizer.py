@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import paddle
 
+from paddlemix.external_ops.square_sum import square_sum
 from paddlemix.models.emu3.safetensors_file import SafetensorsFile, write_safetensors
 from paddlemix.paddle_private import after_backward
 from paddlemix.utils import InputError, replacing
@@ -90,7 +91,7 @@ class AdamW:
         Returns:
             the norm before that, a float; where it is not finite nothing has changed.
         """
-        squares = sum(float((gradient * gradient).sum()) for gradient in self.gradients.values())
+        squares = sum(map(square_sum, self.gradients.values()))
         norm = math.sqrt(self.ranks.sum_numbers(squares)[0])
         if math.isfinite(norm) and self.masters:
             scale = min(1.0, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ has it

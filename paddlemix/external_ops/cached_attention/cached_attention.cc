@@ -6,6 +6,7 @@
 #include "cache_rows.h"
 
 namespace cached_attention {
+template void attend_by_tiles<float>(const Problem&);
 template void attention<float>(const Problem&);
 template void attention<simd::bfloat16>(const Problem&);
 template void attention<simd::float16>(const Problem&);

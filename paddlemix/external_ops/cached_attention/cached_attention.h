@@ -30,6 +30,10 @@ struct Problem {
   const bool* allowed;     // null or [batch, longest]
   float* out;              // [batch, news, heads, dim]
   int64_t batch, news, heads, kv_heads, dim, longest, capacity;
+  // Of tiles, for training:
+  float* logs = nullptr;  // null or [batch, heads, news]: the logarithm of the sum of exp(score)
+  float dropout = 0;      // of weights
+  uint64_t seed = 0;
 
   int64_t group() const { return heads / kv_heads; }
   int64_t queries() const { return news * group(); }  // of a key head: those of a token one after the other
@@ -69,7 +73,7 @@ void mean(const Problem& p, int64_t row, int64_t head, float* out) {
 #if defined(__x86_64__)
 namespace cached_attention::bfloat {  // queries and weights are rounded to what the cache holds
 using namespace simd::bfloat;
-using avx512::hide, avx512::weigh;
+using avx512::hide, avx512::keep, avx512::weigh;
 }  // namespace cached_attention::bfloat
 #define SIMD bfloat
 #define SIMD_TARGET SIMD_BFLOAT
@@ -103,13 +107,19 @@ void merge(const Problem& p, const Piece* pieces, int64_t count, int64_t width) 
   }
 }
 
+// New tokens by tiles, however few there are.
+template <class T>
+void attend_by_tiles(const Problem& p) {
+  SIMD_CHOOSE(attend_many<T>)(p);
+}
+
 template <class T>
 void attention(const Problem& p) {
 #if defined(__x86_64__)
   if constexpr (std::is_same<T, simd::bfloat16>::value)
     if (p.news > MOST_NEW && simd::has_bfloat16()) return bfloat::attend_many<T>(p);
 #endif
-  if (p.news > MOST_NEW) return SIMD_CHOOSE(attend_many<T>)(p);
+  if (p.news > MOST_NEW) return attend_by_tiles<T>(p);
   const auto attend = SIMD_CHOOSE(attend<T>);
   const int64_t width = SIMD_CHOOSE(padded)(p.dim), queries = p.queries();
   std::vector<Piece> pieces;
@@ -139,6 +149,7 @@ void attention(const Problem& p) {
 }
 
 // In cached_attention.cc, once for all that use them.
+extern template void attend_by_tiles<float>(const Problem&);
 extern template void attention<float>(const Problem&);
 extern template void attention<simd::bfloat16>(const Problem&);
 extern template void attention<simd::float16>(const Problem&);

@@ -73,6 +73,23 @@ SIMD_TARGET inline void weigh(float* scores, float& largest, float& total, float
   largest = most;
 }
 
+// What the weights of a query and a block of keys are multiplied by in training: 0 or 1 / (1 - dropout), a function of the
+// seed, the number of the query and the place of the key.
+SIMD_TARGET inline void keep(float dropout, uint64_t seed, int64_t query, int64_t key, float* factors) {
+  uint64_t x = seed + (query + 1) * 0x9e3779b97f4a7c15;  // splitmix64 for the query, murmur3's last steps for the key
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+  x = (x ^ x >> 27) * 0x94d049bb133111eb;
+  const uint32_t start = (x >> 32) + key * 0x9e3779b9u;
+  const int32_t limit = dropout * (1 << 24);
+  const float kept = 1 / (1 - dropout);
+  for (int j = 0; j < BLOCK; ++j) {
+    uint32_t y = start + j * 0x9e3779b9u;
+    y = (y ^ y >> 16) * 0x85ebca6b;
+    y = (y ^ y >> 13) * 0xc2b2ae35;
+    factors[j] = int32_t((y ^ y >> 16) >> 8) < limit ? 0 : kept;
+  }
+}
+
 // Leaves the scores of the keys that a query sees, of a block of keys that starts at `begin`. Whether it sees any.
 SIMD_TARGET inline bool hide(const Problem& p, int64_t row, int64_t begin, int seen, float* scores) {
   for (int j = seen; j < BLOCK; ++j) scores[j] = -INFINITY;

@@ -72,6 +72,7 @@ SIMD_TARGET void attend_tiles(const Problem& p, int64_t row, int64_t head, int64
   const int64_t width = (p.dim + OUTS - 1) / OUTS * OUTS, depth = (p.dim + UNIT * WIDTH - 1) / (UNIT * WIDTH) * WIDTH;
   const int64_t past = p.lengths[row] - p.news, stop = past + end, kept = p.kept(row, head);
   const float scale = 1 / std::sqrt((float)p.dim);
+  const auto number = [&](int64_t q) { return (row * p.heads + head * group + q % group) * p.news + begin + q / group; };
   room.queries.resize(queries * depth);
   room.wide.resize(BLOCK * depth);
   room.keys.resize(BLOCK * depth);
@@ -111,6 +112,11 @@ SIMD_TARGET void attend_tiles(const Problem& p, int64_t row, int64_t head, int64
           weigh(scores, room.largest[q + r], room.total[q + r], sums, width);
         else
           std::fill(scores, scores + BLOCK, 0.0f);
+        if (p.dropout > 0) {
+          float factors[BLOCK];
+          keep(p.dropout, p.seed, number(q + r), key, factors);
+          for (int j = 0; j < BLOCK; ++j) scores[j] *= factors[j];
+        }
       }
       round_units(room.scores.data(), rows * BLOCK, room.weights.data());
       const int64_t all = std::max<int64_t>(0, seen(q)) / UNIT;  // units of values that all of these queries see
@@ -121,6 +127,7 @@ SIMD_TARGET void attend_tiles(const Problem& p, int64_t row, int64_t head, int64
   }
   for (int64_t q = 0; q < queries; ++q) {
     float* out = p.out + p.at(row, head, first + q);
+    if (p.logs) p.logs[number(q)] = room.largest[q] + std::log(room.total[q]);
     if (room.total[q] == 0)
       mean<T>(p, row, head, out);
     else

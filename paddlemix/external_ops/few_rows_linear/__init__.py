@@ -9,7 +9,7 @@ the operator the same is computed with Paddle, more slowly.
 Where a CPU multiplies integers (AVX-512 VNNI, AVX-VNNI), activations are rounded too, with a scale for each 128 inputs
 of a row: to 16 bits beside int8 and to 8 bits beside int4. Where it multiplies bfloat16 (AVX-512 BF16), those of more
 than FEW_ROWS rows are rounded to bfloat16 beside bfloat16. That is no more than what the weights were rounded by.
-`EMU3_OPS_SIMD=avx512` keeps activations float32.
+`EMU3_OPS_SIMD=avx512` keeps activations float32. Where a gradient is wanted they are float32 in any case.
 """
 
 import functools
@@ -18,10 +18,12 @@ import math
 import numpy as np
 import paddle
 import paddle.nn.functional as F
+from paddle.autograd import PyLayer
 
 from paddlemix.utils import InputError
 
 from .. import card_fault, operators, operators_for, wants_gradient
+from ..float_product import float_product
 
 FEW_ROWS = 64  # so many rows are computed while the weights are read once; more go by blocks
 FEW_ROWS_WITHOUT = 16  # without the compiled operators, two rows a time
@@ -55,11 +57,35 @@ def few_rows_linear(x, weight, scale=None):
         wanted = "float32" if scale is None else "float32, or 16-bit,"
         raise InputError(f"few_rows_linear takes {wanted} activations [..., in], got {x.dtype} {list(x.shape)}")
     _check(x.shape[-1], weight, scale)
-    ops = None if wants_gradient(x, weight) else operators_for(x)
-    if ops and (x.dtype == paddle.float32 if x.place.is_cpu_place() else card_takes(x, weight)):
+    ops, training, on_cpu = operators_for(x), wants_gradient(x, weight), x.place.is_cpu_place()
+    if ops and not training and (x.dtype == paddle.float32 if on_cpu else card_takes(x, weight)):
         return ops.few_rows_linear(x, weight, scale)
     rows = x.reshape([-1, x.shape[-1]])
-    return _with_paddle(rows, weight, scale).reshape([*x.shape[:-1], weight.shape[0]])
+    if ops and training and on_cpu and x.dtype == paddle.float32:
+        y = _WithGradient.apply(rows, weight, scale)
+    else:
+        y = _with_paddle(rows, weight, scale)
+    return y.reshape([*x.shape[:-1], weight.shape[0]])
+
+
+class _WithGradient(PyLayer):
+    """The linear layer of rows [rows, in] for training on a CPU. A weight that wants no gradient costs none."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(x, weight)
+        ctx.scale, ctx.wanted = scale, [not tensor.stop_gradient for tensor in (x, weight)]
+        return float_product(x, weight, scale)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensor()
+        dx = dweight = None
+        if ctx.wanted[0]:
+            dx = float_product(dy, weight, ctx.scale, x.shape[1], weight_turned=True)
+        if ctx.wanted[1]:
+            dweight = float_product(dy, x, x_turned=True, weight_turned=True).astype(weight.dtype)
+        return (dx, dweight) if ctx.scale is None else (dx, dweight, None)
 
 
 def quantize(weight, bits):

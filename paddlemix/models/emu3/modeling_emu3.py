@@ -15,6 +15,7 @@ from paddlemix.external_ops import operators
 from paddlemix.external_ops.decoder_step import card_takes, decoder_step
 from paddlemix.external_ops.few_rows_linear import FEW_ROWS
 from paddlemix.external_ops.fused_ln import fused_rms_norm
+from paddlemix.external_ops.silu_and_mul import silu_and_mul
 from paddlemix.paddle_private import is_untouched
 from paddlemix.utils import InputError
 
@@ -72,7 +73,7 @@ class Emu3MLP(nn.Layer):
         self.down_proj = Emu3Linear(config, config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_and_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class Emu3DecoderLayer(nn.Layer):
