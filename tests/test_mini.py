@@ -169,7 +169,7 @@ def test_codes_are_those_of_pytorch(mini, torchs):
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_drawings_are_those_of_pytorch(mini, torchs, scale):
     from paddlemix.models.emu3 import Sampling, generate_images
-    from paddlemix.processors.emu3_processing import NEGATIVE_PROMPT
+    from paddlemix.processors.prompts import NEGATIVE_PROMPT
 
     model, processor = mini
     expected = [d for d in torchs["drawings"] if d["guidance_scale"] == scale]

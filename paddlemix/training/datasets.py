@@ -142,21 +142,24 @@ class PreparedData:
         return pq.ParquetFile(path).read_row_group(i, ["codes"])["codes"].to_pylist()
 
     def check_lengths(self, prompts, positions):
-        """InputError where a row takes more than so many positions."""
+        """How many tokens a row has at most. InputError where one takes more than so many positions."""
+        longest = 0
         for i in range(len(self)):
             row = {name: self.table[name][i].as_py() for name in ("text", "response", "turns", "height", "width")}
             texts = [row["text"], row["response"] or "", *(v for turn in row["turns"] or [] for v in turn.values())]
             picture = prompts.grammar.num_tokens(row["height"], row["width"])
             # no token is of less than a byte; templates and the picture's head take the rest
-            if sum(len(text.encode()) for text in texts) + picture + 64 * len(texts) <= positions:
-                continue
-            example = self.example(i)
-            tokens = len(make_row(prompts, example, add_eos=True)[0])
+            tokens = sum(len(text.encode()) for text in texts) + picture + 64 * len(texts)
+            if tokens > max(longest, positions):
+                example = self.example(i)
+                tokens = len(make_row(prompts, example, add_eos=True)[0])
+            longest = max(longest, tokens)
             if tokens > positions:
                 raise InputError(
                     f"row {shown(example.id)} takes {tokens} tokens and the model has {positions} positions: prepare "
                     "it with a smaller --image_area, shorten the text, or give larger --max_position_embeddings"
                 )
+        return longest
 
 
 def make_row(prompts, example, loss_on="vision", add_eos=False, without_text=False):
@@ -209,7 +212,7 @@ class Rows:
 
     def __init__(self, data, prompts, settings, positions):
         self.data, self.prompts, self.settings = data, prompts, settings
-        data.check_lengths(prompts, positions)
+        self.longest = data.check_lengths(prompts, positions)
         if settings.eval_rows >= len(data):
             raise InputError(f"eval_rows is {settings.eval_rows} of {len(data)} rows: leave some to train")
         shuffled = _random(settings.seed, HELD_OUT).permutation(len(data))

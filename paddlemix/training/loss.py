@@ -9,17 +9,17 @@ from paddle.distributed.fleet.utils import recompute
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.float_product import float_product
 from paddlemix.external_ops.fused_cross_entropy import fused_cross_entropy_
+from paddlemix.models.emu3.needs import LOGITS
 
 from .datasets import IGNORED
-
-LOGITS = 1 << 26  # float32 numbers that are in memory at once; on a card with their gradients three times as many
 
 
 def next_token_loss(model, ids, labels):
     """The sum of the cross entropies of a batch's labels, float32 [].
 
-    Of logits no more than LOGITS are in memory. Their gradient is made at once on a CPU; elsewhere they are made again
-    in the backward pass. Padding on the right needs no mask, since no token sees what comes after it.
+    Of logits no more than LOGITS are in memory, on a card with their gradients three times as many. Their gradient is
+    made at once on a CPU; elsewhere they are made again in the backward pass. Padding on the right needs no mask, since
+    no token sees what comes after it.
 
     Args:
         model: Emu3ForCausalLM.

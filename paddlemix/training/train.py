@@ -7,7 +7,7 @@ import time
 import zlib
 from pathlib import Path
 
-from paddlemix.machine import half_dtype, peak_memory
+from paddlemix.machine import half_dtype, peak_memory, require_memory
 from paddlemix.processors.prompts import Prompts
 from paddlemix.utils import InputError, shown
 
@@ -50,7 +50,7 @@ def train(settings, stop, progress=False):
     max_steps = settings.max_steps or math.ceil(settings.num_train_epochs * len(rows.trained) / count)
     job = settings.job(len(data), count)
     checkpoint, done = last_checkpoint(folder, job)
-    model, weights, write_model = load_model(settings, config, checkpoint, progress)
+    model, weights, write_model = load_model(settings, config, checkpoint, at_once * rows.longest, ranks, progress)
     optimizer = AdamW(weights, settings.weight_decay, ranks)
     if checkpoint:
         load_optimizer(checkpoint, optimizer)
@@ -178,13 +178,17 @@ def open_model(settings):
     return config, Prompts(tokenizer, ImageGrammar.from_config(config, tokenizer.encode))
 
 
-def load_model(settings, config, checkpoint, progress):
-    """(Emu3ForCausalLM, {name: weight that is trained}, what writes it into a folder)"""
+def load_model(settings, config, checkpoint, tokens, ranks, progress):
+    """(Emu3ForCausalLM, {name: weight that is trained}, what writes it into a folder)
+
+    tokens: of a forward pass at most. NotEnoughMemory: it takes more than there is.
+    """
     import paddle
 
     from paddlemix.models.emu3 import Emu3ForCausalLM
     from paddlemix.models.emu3.hub import fetch
     from paddlemix.models.emu3.lora import apply_lora, load_lora, lora_state, save_lora
+    from paddlemix.models.emu3.needs import training_bytes
     from paddlemix.models.emu3.tokenization_emu3 import CONFIG_FILE, SPECIAL_TOKENS_FILE, VOCAB_FILE
 
     dtype = settings.dtype or config.quantized_dtype or (
@@ -192,6 +196,13 @@ def load_model(settings, config, checkpoint, progress):
     )  # fmt: skip
     if dtype == "float16":
         raise InputError("this card has no bfloat16, and float16 cannot be trained: give dtype float32")
+    rank = settings.lora_rank if settings.lora else 0
+    activation = 4 if paddle.get_device() == "cpu" or dtype == "float32" else 2
+    parts = training_bytes(config, dtype, tokens, rank, settings.recompute, ranks.count, activation)
+    purpose = f"to train {settings.model_path} in {dtype} with {tokens} tokens at once (GB: " + ", ".join(
+        f"{name} {size / 1e9:.1f}" for name, size in parts.items()
+    )
+    require_memory(sum(parts.values()), f"{purpose}; --recompute, --lora or fewer rows at once take less)")
     required, optional = [VOCAB_FILE, SPECIAL_TOKENS_FILE], [CONFIG_FILE, "generation_config.json"]
     source = fetch(settings.model_path, required, optional)
     path = settings.model_path if settings.lora else checkpoint or settings.model_path

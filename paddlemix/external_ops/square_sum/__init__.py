@@ -9,5 +9,5 @@ from .. import operators
 def square_sum(x):
     """The sum of the squares of float32 numbers, a float; on a CPU in double."""
     if (ops := operators()) and x.place.is_cpu_place() and x.dtype == paddle.float32:
-        return float(ops.square_sum(x))
+        return ops.square_sum(x).item()
     return float((x * x).sum())

@@ -5,6 +5,7 @@ import math
 
 from .configuration_emu3 import QUANTIZATIONS
 
+LOGITS = 1 << 26  # that are in memory at once in training, float32
 PROMPT = 64  # tokens, about what a prompt takes
 
 
@@ -38,6 +39,36 @@ def weight_bytes(config, dtype):
         group = QUANTIZATIONS["int4"]["group_size"]  # inputs that share a scale
         quantized += outputs * (inputs + 4 if dtype == "int8" else math.ceil(inputs / group) * (group // 2 + 4))
     return quantized + other * 2  # the embedding stays in 16 bits; the norms are little
+
+
+def adapter_parameters(config, rank):
+    """Of LoRA beside all linear layers but the head."""
+    return rank * sum(map(sum, linear_shapes(config)[:-1]))
+
+
+def training_bytes(config, dtype, tokens, rank=0, recompute=False, processes=1, activation=4):
+    """What training takes, by part: {"weights", "optimizer", "activations", "head"}; about right, not to the byte.
+
+    Args:
+        dtype: of the weights.
+        tokens: of a forward pass, padding included.
+        rank: of LoRA; 0 trains all weights.
+        recompute: of activations, layer by layer.
+        processes: that share gradients, moments and masters.
+        activation: bytes of a number; 4 on a CPU. The counts were measured there.
+    """
+    trained = adapter_parameters(config, rank) if rank else parameters(config)
+    state = 12 if rank or dtype == "float32" else 16  # a gradient, two moments, and of 16 bits a master; float32
+    hidden, middle = config.hidden_size, config.intermediate_size
+    keys = config.num_key_value_heads * config.head_dim
+    layer, layers = 8 * hidden + 3 * middle + 4 * keys, config.num_hidden_layers  # numbers that wait for the gradient
+    kept = layers * hidden + 13 * hidden + 5 * middle + 2 * keys if recompute else layers * layer + 11 * hidden
+    return {
+        "weights": weight_bytes(config, dtype),
+        "optimizer": trained * state // processes,
+        "activations": tokens * kept * activation,
+        "head": 4 * LOGITS + (0 if rank else 4 * config.vocab_size * hidden),  # the largest gradient, before it is kept
+    }
 
 
 def picture_tokens(config, factor=8):
