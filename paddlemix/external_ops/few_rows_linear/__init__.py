@@ -63,6 +63,8 @@ def few_rows_linear(x, weight, scale=None):
     rows = x.reshape([-1, x.shape[-1]])
     if ops and training and on_cpu and x.dtype == paddle.float32:
         y = _WithGradient.apply(rows, weight, scale)
+    elif training and weight.stop_gradient:
+        y = _BesideFrozen.apply(rows, weight, scale)
     else:
         y = _with_paddle(rows, weight, scale)
     return y.reshape([*x.shape[:-1], weight.shape[0]])
@@ -86,6 +88,24 @@ class _WithGradient(PyLayer):
         if ctx.wanted[1]:
             dweight = float_product(dy, x, x_turned=True, weight_turned=True).astype(weight.dtype)
         return (dx, dweight) if ctx.scale is None else (dx, dweight, None)
+
+
+class _BesideFrozen(PyLayer):
+    """The same with Paddle, of a weight that wants no gradient: widened again in the backward pass, and never kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.weight, ctx.scale, ctx.columns = weight, scale, x.shape[1]
+        return _with_paddle(x, weight, scale)
+
+    @staticmethod
+    def backward(ctx, dy):
+        dx = 0
+        for rows in _chunks([ctx.weight.shape[0], ctx.columns]):
+            weight = ctx.weight[rows]
+            weight = weight if ctx.scale is None else dequantize(weight, ctx.scale[rows], ctx.columns)
+            dx = dx + paddle.matmul(dy[:, rows], weight.astype(dy.dtype))
+        return (dx, None) if ctx.scale is None else (dx, None, None)
 
 
 def quantize(weight, bits):
