@@ -83,4 +83,4 @@ def show(event, bar):
     elif "eval_loss" in event:
         say(f"step {step}: loss of held-out rows {event['eval_loss']:.4f}")
     else:
-        say(f"step {step}: wrote {', '.join(event.get('samples') or [event['checkpoint']])}")
+        say(f"step {step}: wrote {', '.join(event.get('samples', [event.get('checkpoint')]))}")

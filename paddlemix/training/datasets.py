@@ -223,7 +223,8 @@ class Rows:
         rows = []
         for place in range(step * count, (step + 1) * count):
             epoch, place = divmod(place, len(self.trained))
-            order, drop = _order(self.settings.seed, epoch, len(self.trained)), self.settings.null_prompt_prob
+            order = _order(self.settings.seed, epoch, len(self.trained))
+            drop = 0 if self.settings.loss_on == "text" else self.settings.null_prompt_prob  # else without a label
             index = int(self.trained[order[place]])
             rows.append(self._row(index, _random(self.settings.seed, PROMPTED, epoch, index).random() < drop))
         return sorted(rows, key=lambda row: len(row.ids))

@@ -118,7 +118,7 @@ def train(settings, stop, progress=False):
             if len(rows.held_out):
                 yield event(done, eval_loss=evaluate(rows.of_evaluation(), loss_of, at_once, ranks))
             if settings.sample_prompt and ranks.rank == 0:
-                yield event(done, samples=draw_samples(settings, model, done))
+                yield event(done, samples=draw_samples(settings, model, done, stop))
         if done % settings.save_steps == 0 or is_last:
             saved = done
             yield save(done)
@@ -140,15 +140,18 @@ def evaluate(rows, loss_of, at_once, ranks):
     return loss / labels
 
 
-def draw_samples(settings, model, step):
-    """Draw the sample prompts with the model as it is. Returns the paths of the pictures."""
+def draw_samples(settings, model, step, stop):
+    """Draw the sample prompts with the model as it is. Returns the paths of the pictures; none where it is stopped."""
     from paddlemix.pipelines import Emu3Pipeline
     from paddlemix.results import save_picture
 
     emu3, folder = Emu3Pipeline(settings.model_path, settings.vq_model_path), Path(settings.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
     emu3.model, paths = model, []
-    for i, image in enumerate(emu3.generate(list(settings.sample_prompt), seed=settings.seed)):
+    drawing = emu3.generate_steps(list(settings.sample_prompt), seed=settings.seed)
+    if any(stop.is_set() for _ in drawing):
+        return paths
+    for i, image in enumerate(drawing.images()):
         paths.append(folder / f"step_{step:06d}_{i}.png")
         save_picture(image, paths[-1])
     return list(map(str, paths))
