@@ -75,7 +75,7 @@ class Kept:
     """A Drawing's noise, each position's made once for all drawings of a seed: guesses need it ahead of its turn."""
 
     def __init__(self, noise):
-        self.at = functools.partial(_noise, noise.sampling.seed, noise.number, noise.size)
+        self.size, self.at = noise.size, functools.partial(_noise, noise.sampling.seed, noise.number, noise.size)
 
     def __call__(self, start, stop):
         return np.stack([self.at(position) for position in range(start, stop)])

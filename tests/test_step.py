@@ -265,20 +265,21 @@ def test_windows_go_on_without_the_host(
     assert len(waited) == len(most) and batch.forward_passes <= max(h * w for h, w in sizes)
 
 
-def test_windows_cut_off_joined_and_gone_on_with(language_model, request, monkeypatch):
-    """Ctrl-C in a pass loses what the host has not looked at; another picture joins and leaves; a batch goes on with
-    what was drawn before."""
+@pytest.mark.parametrize("where, name", [(decoding.Pass, "run"), (Drawing, "accept")], ids=["pass", "accept"])
+def test_windows_cut_off_joined_and_gone_on_with(language_model, request, monkeypatch, where, name):
+    """Ctrl-C in a pass or while the host looks loses no token that counts; another picture joins and leaves; a batch
+    goes on with what was drawn before."""
     monkeypatch.setattr(Drawing, "ahead", 9)
     sizes = [(4, 5), (3, 4)]
     expected = drawn_on_a_cpu(language_model, sizes, HOT)
     request.getfixturevalue("on_a_card")
-    drawings, run, runs = drawings_of(sizes, HOT), decoding.Pass.run, []
+    drawings, original, calls = drawings_of(sizes, HOT), getattr(where, name), []
 
-    def interrupted(step):
-        runs.append(step)
-        if len(runs) % 5 == 0:
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) % 5 == 0:
             raise KeyboardInterrupt
-        run(step)
+        return original(*arguments)
 
     def steps(batch, count=10**6):
         while batch and count:
@@ -288,7 +289,7 @@ def test_windows_cut_off_joined_and_gone_on_with(language_model, request, monkey
 
     batch = Batch(language_model, "jacobi", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(decoding.Pass, "run", interrupted)
+        patch.setattr(where, name, interrupted)
         batch.join(drawings[0])
         steps(batch, 2)
         batch.join(drawings[1])
@@ -297,7 +298,7 @@ def test_windows_cut_off_joined_and_gone_on_with(language_model, request, monkey
         cut = drawings[1].drawn()
         assert 0 < len(cut) < len(expected[1]) and cut.tolist() == expected[1][: len(cut)]
         steps(batch)
-    assert len(runs) > 5 and drawings[0].drawn().tolist() == expected[0]
+    assert len(calls) > 5 and drawings[0].drawn().tolist() == expected[0]
     again = drawings_of(sizes, HOT, drawn=[[], cut])[1]
     for other in again, drawings[1]:  # read in one pass that picks, and in several
         another = Batch(language_model, "jacobi", 2)

@@ -137,7 +137,7 @@ class DeviceNoise:
 
     def __init__(self, sequence, count):
         self.noise, self.count, self.end, self.stop = sequence.noise, count, sequence.draws, 0
-        self.rows = None if self.noise.sampling.is_greedy else paddle.zeros([count, self.noise.size])
+        self.rows = None if sequence.sampling.is_greedy else paddle.zeros([count, self.noise.size])
 
     def missing(self, start, stop):
         """As sampling.Noise; the sequence ends before some positions."""
