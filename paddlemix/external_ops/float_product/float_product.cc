@@ -3,6 +3,7 @@
 #include "float_product.h"
 
 #include "../dtypes.h"
+#include "../pages.h"
 
 namespace float_product {
 template void multiply<float>(const Problem&);
@@ -35,6 +36,7 @@ void FloatProduct(const Tensor& x, const Tensor& weight, const paddle::optional<
   p.weight = weight.data();
   p.scale = scale ? scale->data<float>() : nullptr;
   p.y = into.data<float>();
+  if (!add) ask_large_pages(p.y, into.numel() * sizeof(float));
   with_weight(weight.dtype(), [&](auto type) { float_product::multiply<decltype(type)>(p); });
 }
 
