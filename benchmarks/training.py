@@ -25,7 +25,7 @@ TITLE = "Fine-tuning: a step of AdamW, float32"
 HEADS = ["", "attention dropout", "ours, tokens/s", "transformers, tokens/s", "ours / transformers", "ours, peak",
          "transformers, peak", "transformers / ours, peak"]  # fmt: skip
 TEXT = """\
-Both sides train the same random weights (middle: hidden 1024 x 8 layers over the real vocabulary; mini: emu3-mini) on
+Both sides train the same weights (middle: random, hidden 1024 x 8 layers over the real vocabulary; mini: emu3-mini) on
 the same rows, forward, backward, clipping and AdamW; the best of {} steps after the first. transformers with scaled dot
 product attention and the fused AdamW of PyTorch. Recompute: a layer's activations are computed again in the backward
 pass. 0.1 is the attention dropout of the released config. The processor ran {:.1f} other programs a core while it was
