@@ -17,6 +17,7 @@ ORDER = [
     ["paddlemix.external_ops"],
     ["paddlemix.models.emu3.hub"],
     ["paddlemix.models.emu3.configuration_emu3", "paddlemix.models.emu3.tokenization_emu3"],
+    ["paddlemix.models.emu3.parallel"],
     ["paddlemix.models.emu3.safetensors_file"],
     ["paddlemix.models.emu3.adapter"],
     ["paddlemix.models.emu3.checkpoint"],

@@ -114,7 +114,7 @@ class Batch:
         """InputError where a sequence of so many tokens, in all its rows, cannot join, even when the others left."""
         dtype = "float32" if self.model.dtype == paddle.float32 else "bfloat16"
         held = self.cache.slots * self.cache.capacity if self.cache else 0
-        size = cache_bytes(self.model.config, tokens - held, dtype)
+        size = cache_bytes(self.model.config, tokens - held, dtype, self.model.ranks)
         try:
             require_memory(size, f"for the keys and values of {tokens} tokens")
         except NotEnoughMemory as error:  # to wait would not help

@@ -43,7 +43,9 @@ class Pass:
         for i, rows in enumerate(self.rows):
             owners[rows] = i
         self.owners = None if batch.on_cpu else upload(owners)
-        self.replayed = Replayed(all(s.sampling.can_be_recorded(picked) for s, _, picked in shape))
+        # a pass of several processes has their collectives in it, which were never tried in a graph
+        may_record = all(s.sampling.can_be_recorded(picked) for s, _, picked in shape) and not self.model.ranks
+        self.replayed = Replayed(may_record)
 
     def __call__(self, ids, lengths, ahead=0):
         """One pass; nothing waits for it.
