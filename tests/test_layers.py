@@ -33,7 +33,7 @@ ORDER = [
     ["paddlemix.models.emu3.sequences"],
     ["paddlemix.models.emu3.passes"],
     ["paddlemix.models.emu3.decoding"],
-    ["paddlemix.models.emu3.generation_emu3", "paddlemix.models.emu3.utils_emu3"],
+    ["paddlemix.models.emu3.generation_emu3", "paddlemix.models.emu3.shared_batch", "paddlemix.models.emu3.utils_emu3"],
     ["paddlemix.models.emu3", "paddlemix.models"],
     ["paddlemix.processors"],
     ["paddlemix.pipelines"],

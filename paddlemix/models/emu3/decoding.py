@@ -16,6 +16,7 @@ from paddlemix.machine import NotEnoughMemory, require_memory, with_memory_relea
 from paddlemix.utils import InputError, whole_number, whole_numbers
 
 from .cache import cache_bytes
+from .parallel import RankLost
 from .passes import Pass
 from .sequences import Answer
 from .windows import COSTS, WITHOUT_OPERATORS, choose_window
@@ -100,8 +101,8 @@ class Batch:
         while True:
             try:
                 if self.cache is None:
-                    self.cache = with_memory_released(self.model.make_cache, count, length)
-                return with_memory_released(self.cache.take, count, length)
+                    self.cache = self._with_memory(self.model.make_cache, count, length)
+                return self._with_memory(self.cache.take, count, length)
             except (NotEnoughMemory, MemoryError):
                 if self.kept:
                     self._give_up_oldest()
@@ -109,6 +110,15 @@ class Batch:
                     raise
                 else:
                     self.cache = None
+
+    def _with_memory(self, function, *arguments):
+        """machine.with_memory_released; but one of several processes must not begin anything again by itself."""
+        if self.model.ranks is None:
+            return with_memory_released(function, *arguments)
+        try:
+            return function(*arguments)
+        except MemoryError as error:
+            raise RankLost(f"process {self.model.ranks.rank} is out of memory, which ends all") from error
 
     def require_memory(self, tokens):
         """InputError where a sequence of so many tokens, in all its rows, cannot join, even when the others left."""
@@ -192,7 +202,7 @@ class Batch:
         Returns a list of (sequence, how many tokens it gained); those that are done have left. After an error or Ctrl-C
         in it the next step goes on as if nothing had been.
         """
-        return with_memory_released(self._try_step, only)
+        return self._with_memory(self._try_step, only)
 
     def _try_step(self, only):
         try:

@@ -80,10 +80,10 @@ def end(model):
     return _used(model)
 
 
-def follow(ranks, find_model):
+def follow(ranks, owners):
     """Do in another process what the first one's batches do, until it ends them.
 
-    find_model: gives the model of a name, with its weights.
+    owners: of each name of a model what has it as `.model`, which may load it then.
     """
     batches, sequences, model = {}, {}, None
     while (message := ranks.from_first()) is not None:
@@ -91,7 +91,7 @@ def follow(ranks, find_model):
         batch = batches.get(key)
         if verb == "begin":
             name, options = value
-            model = find_model(name)
+            model = owners[name].model
             batches[key] = Batch(model, **options)
         elif verb == "join":
             sequences |= {(key, number): sequence for number, sequence in value}
