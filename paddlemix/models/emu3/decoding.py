@@ -12,11 +12,10 @@ import paddle
 
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.few_rows_linear import FEW_ROWS, few_rows
-from paddlemix.machine import NotEnoughMemory, require_memory, with_memory_released
+from paddlemix.machine import NotEnoughMemory, RankLost, require_memory, with_memory_released
 from paddlemix.utils import InputError, whole_number, whole_numbers
 
 from .cache import cache_bytes
-from .parallel import RankLost
 from .passes import Pass
 from .sequences import Answer
 from .windows import COSTS, WITHOUT_OPERATORS, choose_window

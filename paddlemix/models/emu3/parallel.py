@@ -9,12 +9,8 @@ from dataclasses import dataclass
 
 import paddle
 
-from paddlemix.machine import NotEnoughMemory, require_memory
+from paddlemix.machine import NotEnoughMemory, RankLost, require_memory
 from paddlemix.utils import InputError
-
-
-class RankLost(InputError):
-    """A process has ended, or a pass has failed in one: the others cannot go on."""
 
 
 class Ranks:

@@ -10,11 +10,10 @@ import copy
 import itertools
 from dataclasses import replace
 
-from paddlemix.machine import peak_memory
+from paddlemix.machine import RankLost, peak_memory
 from paddlemix.utils import InputError
 
 from .decoding import Batch
-from .parallel import RankLost
 
 _keys = itertools.count()
 
@@ -92,6 +91,7 @@ def follow(ranks, owners):
         if verb == "begin":
             name, options = value
             model = owners[name].model
+            batches = {k: b for k, b in batches.items() if b or b.model is not model}  # what is done is not kept
             batches[key] = Batch(model, **options)
         elif verb == "join":
             sequences |= {(key, number): sequence for number, sequence in value}
