@@ -6,7 +6,15 @@ from paddlemix.utils import InputError
 
 from .console import Loading, Stopwatch, add_texts, integer, make_parser, note, number, progress_bar, say
 from .files import Preview, write_stats, wrote
-from .language_model import add_dtype, add_model_paths, end_others, follows, make_pipeline, note_dtype
+from .language_model import (
+    add_dtype,
+    add_model_paths,
+    add_tensor_parallel,
+    end_others,
+    follows,
+    make_pipeline,
+    note_dtype,
+)
 from .unfinished import Unfinished, fingerprint
 
 
@@ -47,6 +55,7 @@ def parser(prog=None):
         "--resume", action="store_true", help="continue what an interrupted run of the same command left"
     )
     add_dtype(parser)
+    add_tensor_parallel(parser)
     return parser
 
 

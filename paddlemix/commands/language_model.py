@@ -32,7 +32,6 @@ def add_model_paths(parser, default):
         help="the vision tokenizer: a directory or a hub name (default: BAAI/Emu3-VisionTokenizer, or emu3-mini's own)",
     )
     parser.add_argument("--lora_path", help=LORA_HELP)
-    add_tensor_parallel(parser)
 
 
 def add_tensor_parallel(parser):
@@ -56,7 +55,7 @@ def make_pipeline(args, chat_template=None):
 
 def make_ranks(args):
     """The Ranks of --tensor_parallel; None without it."""
-    if not args.tensor_parallel:
+    if not getattr(args, "tensor_parallel", False):  # not every command has it
         return None
     from paddlemix.models.emu3.parallel import Ranks
 

@@ -3,7 +3,15 @@
 
 from .console import Loading, Stopwatch, add_texts, integer, make_parser, note, print_result, to_stderr
 from .files import load_pictures, write_stats
-from .language_model import add_dtype, add_model_paths, end_others, follows, make_pipeline, note_dtype
+from .language_model import (
+    add_dtype,
+    add_model_paths,
+    add_tensor_parallel,
+    end_others,
+    follows,
+    make_pipeline,
+    note_dtype,
+)
 
 
 def parser(prog=None):
@@ -26,6 +34,7 @@ def parser(prog=None):
         "'{image_prompt}{text_prompt}')"
     )  # fmt: skip
     add_dtype(parser)
+    add_tensor_parallel(parser)
     return parser
 
 

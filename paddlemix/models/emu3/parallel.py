@@ -24,7 +24,7 @@ class Ranks:
         self.count = int(os.environ.get("PADDLE_TRAINERS_NUM", 1))
         self.rank = int(os.environ.get("PADDLE_TRAINER_ID", 0)) if self.count > 1 else 0
         self.advice = advice and f": {advice}"
-        if self.count > 1:
+        if self.count > 1 and not paddle.distributed.is_initialized():
             self._call(paddle.distributed.init_parallel_env)
 
     def _call(self, function, *arguments, **options):
