@@ -61,7 +61,7 @@ def parser(prog=None):
 
 def main(args):
     emu3 = make_pipeline(args)
-    if follows(emu3):
+    if follows({None: emu3}):
         return
     with Loading() as load:
         generation = emu3.generate_steps(

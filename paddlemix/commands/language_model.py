@@ -67,19 +67,20 @@ def make_ranks(args):
     return Ranks("start the same command again")
 
 
-def follows(*pipelines):
+def follows(pipelines):
     """Of several processes all but the first only compute their part of its passes. Whether this is one of those; then
-    the work is done."""
-    ranks = pipelines[0].ranks
+    the work is done. pipelines: {name: Emu3Pipeline}, as the first one's batches have the names."""
+    first = next(iter(pipelines.values()))
+    ranks = first.ranks
     if ranks is None or ranks.rank == 0:
         return False
     from paddlemix.models.emu3.shared_batch import follow
 
     with Loading():
-        _ = pipelines[0].model
+        _ = first.model
     for which in (signal.SIGINT, signal.SIGTERM):  # the first process takes them, and ends this one
         signal.signal(which, signal.SIG_IGN)
-    follow(ranks, {(pipeline.model_path, pipeline.lora_path): pipeline for pipeline in pipelines})
+    follow(ranks, pipelines)
     return True
 
 

@@ -75,7 +75,7 @@ def parser(prog=None):
 def main(args):
     key, ranks = check(args), make_ranks(args)
     if ranks and ranks.rank:
-        follows(*make_pipelines(args, ranks)[0].values())
+        follows(make_pipelines(args, ranks)[0])
         return
     listener = listen(args.host, args.port)
     if not is_loopback(args.host) and not key:

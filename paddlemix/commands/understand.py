@@ -41,7 +41,7 @@ def parser(prog=None):
 def main(args):
     pictures, questions = pairs(args)
     emu3 = make_pipeline(args, args.chat_template)
-    if follows(emu3):
+    if follows({None: emu3}):
         return
     with Loading() as load:
         note_dtype(emu3)  # a mistyped --model_path is told here, before the vision tokenizer is read

@@ -138,15 +138,6 @@ class Emu3Pipeline:
             self.model_path, dtype=self.dtype, progress=self.progress, lora_path=self.lora_path, ranks=self.ranks
         )
 
-    def make_batch(self, **options):
-        """A decoding.Batch of the language model, with its options; of several processes one that all work for."""
-        from paddlemix.models.emu3.decoding import Batch
-        from paddlemix.models.emu3.shared_batch import SharedBatch
-
-        if self.ranks is None:
-            return Batch(self.model, **options)
-        return SharedBatch(self.model, (self.model_path, self.lora_path), **options)
-
     @contextmanager
     def loading_model(self, beside=0):
         """Read the language model, where it is not read yet, in a thread of its own while the block runs.

@@ -110,8 +110,10 @@ class Generation:
         return sum(drawing.rows for drawing in self.drawings)
 
     def __iter__(self):
+        from paddlemix.models.emu3.shared_batch import make_batch
+
         self._require_memory_to_decode()  # once more: the weights are in memory by now
-        batch = self.pipeline.make_batch(decoding=self.decoding)
+        batch = make_batch(self.pipeline.model, decoding=self.decoding)
         batch.join(*self.drawings)
         while batch:
             gained = sum(tokens for _, tokens in batch.step())
@@ -244,7 +246,9 @@ class Understanding:
         return [answer.is_done for answer in self.answers]
 
     def __iter__(self):
-        batch = self.pipeline.make_batch()
+        from paddlemix.models.emu3.shared_batch import make_batch
+
+        batch = make_batch(self.pipeline.model)
         batch.join(*self.answers)
         while batch:
             batch.step()

@@ -194,7 +194,7 @@ class Engine:
         from paddlemix.models.emu3.shared_batch import end
 
         pipeline = next(iter(self._batches), None)
-        if pipeline and pipeline.ranks:
+        if pipeline and pipeline.model.ranks:
             with suppress(RankLost):
                 for one in end(pipeline.model):
                     log.info("process %d read %d bytes of weights, and had at most %.0f MB in memory", *one.values())
@@ -373,9 +373,12 @@ class Engine:
 
     def _batch(self, pipeline):
         """The batch of a pipeline's model, which is loaded where it is not."""
+        from paddlemix.models.emu3.shared_batch import make_batch
+
         if pipeline not in self._batches:
             self._load(pipeline, pipeline.load)
-            self._batches[pipeline] = pipeline.make_batch(prefix_tokens=self.prefix_tokens)
+            name = next(name for name, one in self.pipelines.items() if one is pipeline)
+            self._batches[pipeline] = make_batch(pipeline.model, name, prefix_tokens=self.prefix_tokens)
         return self._batches[pipeline]
 
     def _load(self, pipeline, load):

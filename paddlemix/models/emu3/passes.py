@@ -84,7 +84,8 @@ class Pass:
     def _pick(self, hidden):
         """Hidden states [rows, new, hidden_size] -> ids; a part of the head is read once for all that need it."""
         logits = {}
-        for head in {sequence.head for sequence, _, count in self.shape if count}:
+        # sorted: of several processes each must take them in one order
+        for head in sorted({sequence.head for sequence, _, count in self.shape if count}):
             wanted = [i for i, (sequence, _, count) in enumerate(self.shape) if count and sequence.head == head]
             states = []
             for i in wanted:

@@ -5,7 +5,6 @@ A sequence is sent once, when it joins. From then on every process runs the same
 weights, and picks the same tokens by itself: the logits are gathered, and the noise is a function of the request.
 """
 
-import contextlib
 import copy
 import itertools
 from dataclasses import replace
@@ -18,12 +17,17 @@ from .decoding import Batch
 _keys = itertools.count()
 
 
+def make_batch(model, name=None, **options):
+    """A Batch with its options; of a model that several processes share a SharedBatch, whose model has this name."""
+    return SharedBatch(model, name, **options) if model.ranks else Batch(model, **options)
+
+
 class SharedBatch:
     """A Batch in the first process. `join`, `leave`, `give_up` and `step` are done in all processes.
 
     Args:
         model: Emu3ForCausalLM with ranks.
-        name: of the model, that the others know it by.
+        name: that the others know the model by.
         options: Batch's.
 
     Raises:
@@ -95,8 +99,12 @@ def follow(ranks, owners):
             batches[key] = Batch(model, **options)
         elif verb == "join":
             sequences |= {(key, number): sequence for number, sequence in value}
-            with contextlib.suppress(InputError):  # the first process has the same one
+            try:
                 batch.join(*(sequence for _, sequence in value))
+            except RankLost:
+                raise
+            except InputError:  # the first process has the same one
+                pass
         elif verb == "leave":
             batch.leave(sequences[key, value])
         else:
