@@ -24,6 +24,7 @@ from PIL import Image
 from tensor_parallel_script import ASK, DRAW, load, logits_of, models, tokens_of
 
 from paddlemix.models.emu3 import Batch, Emu3Config, Emu3ForCausalLM
+from paddlemix.models.emu3.adapter import Adapter, LoraConfig
 from paddlemix.models.emu3.linear import SplitHead
 from paddlemix.utils import InputError
 
@@ -57,12 +58,30 @@ def whole(weights, axis):
 # --- what is read
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A LoRA adapter of a layer whose rows are divided, and of one whose columns are."""
+    random, config, pairs = np.random.default_rng(0), LoraConfig(rank=2, target_modules=["q_proj", "down_proj"]), {}
+    for name, outputs, inputs in (("self_attn.q_proj", 192, 192), ("mlp.down_proj", 192, 576)):
+        a, b = random.normal(size=[2, inputs]), random.normal(size=[outputs, 2])
+        pairs[f"model.layers.1.{name}"] = a.astype(np.float32), b.astype(np.float32)
+    directory = tmp_path_factory.mktemp("adapter")
+    Adapter(config, pairs).write(directory)
+    return directory
+
+
+@pytest.mark.parametrize("is_saved", [False, True], ids=["from floats", "as in the files"])
 @pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
-def test_the_parts_are_those_of_the_whole(dtype):
-    """Weights, quantized ones with their scales, are the same bits that one process has."""
-    one = Emu3ForCausalLM.from_pretrained("emu3-mini", dtype=dtype)
-    parts = [Emu3ForCausalLM.from_pretrained("emu3-mini", dtype=dtype, ranks=one_of(i, 2)) for i in range(2)]
+def test_the_parts_are_those_of_the_whole(dtype, is_saved, adapter, tmp_path):
+    """Weights, quantized ones with their scales, and an adapter merged or beside them, have the bits of one process."""
+    name, dtypes = "emu3-mini", {"dtype": dtype}
+    if is_saved:
+        name, dtypes = tmp_path, {}
+        Emu3ForCausalLM.from_pretrained("emu3-mini", dtype=dtype).save_pretrained(name)
+    one = Emu3ForCausalLM.from_pretrained(name, **dtypes, lora_path=adapter)
+    parts = [Emu3ForCausalLM.from_pretrained(name, **dtypes, lora_path=adapter, ranks=one_of(i, 2)) for i in range(2)]
     of_one, of_parts = one.state_dict(), [part.state_dict() for part in parts]
+    assert is_saved and dtype != "float32" or not any("lora" in name for name in of_one)
     assert of_one.keys() == of_parts[0].keys()
     first = one.config.eoi_token_id + 1
     for name, weight in of_one.items():
@@ -72,14 +91,14 @@ def test_the_parts_are_those_of_the_whole(dtype):
             for i, mine in enumerate(both):
                 own = weight[i * text : (i + 1) * text], weight[first + i * visual : first + (i + 1) * visual]
                 np.testing.assert_array_equal(mine.numpy(), np.concatenate(own))
-        elif re.search(r"[qkv]_proj|gate|up", name):
+        elif re.search(r"([qkv]|gate|up)_proj\.(weight|lora_B)", name):
             np.testing.assert_array_equal(whole(both, 0), weight)
-        elif re.search(r"embed|[on]_proj.weight$", name) or (dtype == "int4" and re.search(r"[on]_proj", name)):
+        elif re.search(r"embed|(o|down)_proj\.(weight|lora_A)$", name) or dtype + name[-12:] == "int4weight_scale":
             np.testing.assert_array_equal(whole(both, 1), weight)
-        else:  # norms, and the scale of int8, which is of the whole row
+        else:  # norms, the scale of int8, which is of the whole row, and what an adapter does not divide
             for mine in both:
                 np.testing.assert_array_equal(mine.numpy(), weight)
-    if dtype == "float32":
+    if dtype == "float32" and not is_saved:
         assert sum(part.bytes_read for part in parts) < 1.001 * BYTES
         assert all(0.45 < part.bytes_read / BYTES < 0.55 for part in parts)
 
