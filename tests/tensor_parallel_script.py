@@ -65,10 +65,10 @@ def main(folder, golden, picture):
     from paddlemix.machine import start_paddle
 
     start_paddle("cpu")
-    from paddlemix.models.emu3.parallel import Ranks
+    from paddlemix.models.emu3.parallel import TensorParallel
     from paddlemix.models.emu3.shared_batch import SharedBatch, end, follow
 
-    ranks = Ranks()
+    ranks = TensorParallel()
     for result, (name, dtype) in models(golden).items():
         model = load(name, dtype, ranks)
         logits = logits_of(model)

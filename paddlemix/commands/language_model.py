@@ -54,17 +54,17 @@ def make_pipeline(args, chat_template=None):
 
 
 def make_ranks(args):
-    """The Ranks of --tensor_parallel; None without it."""
+    """The TensorParallel of --tensor_parallel; None without it."""
     if not getattr(args, "tensor_parallel", False):  # not every command has it
         return None
-    from paddlemix.models.emu3.parallel import Ranks
+    from paddlemix.models.emu3.parallel import TensorParallel
 
     if int(os.environ.get("PADDLE_TRAINERS_NUM", 1)) < 2:
         raise InputError(
             "--tensor_parallel is for several processes: start the program of paddlemix/examples/emu3/ by "
             "`python -m paddle.distributed.launch --nproc_per_node 2`"
         )
-    return Ranks("start the same command again")
+    return TensorParallel("start the same command again")
 
 
 def follows(pipelines):

@@ -44,8 +44,8 @@ class Emu3Pipeline:
         chat_template: of questions, with {image_prompt} and {text_prompt} once each.
         progress: show a progress bar while weights are read (on a terminal).
         lora_path: a LoRA adapter of the language model in PEFT's layout, a directory or a hub name.
-        ranks: models.emu3.parallel.Ranks, of tensor parallel: this is the first of the processes that share the
-            language model, and the others follow its batches (models/emu3/shared_batch.py).
+        ranks: models.emu3.parallel.TensorParallel: this is the first of the processes that share the language model,
+            and the others follow its batches (models/emu3/shared_batch.py).
     """
 
     def __init__(

@@ -16,7 +16,7 @@ CACHE_BLOCK = 1024  # tokens that a cache grows by
 
 def cache_bytes(config, tokens, dtype, ranks=None):
     """What the keys and values of so many tokens take where the model is of a dtype: all but float32 keep 16 bits.
-    ranks: of the processes that share the key heads, parallel.Ranks."""
+    ranks: of the processes that share the key heads, parallel.TensorParallel."""
     itemsize, heads = 4 if dtype == "float32" else 2, share(config.num_key_value_heads, ranks)
     return 2 * config.num_hidden_layers * (heads.stop - heads.start) * config.head_dim * itemsize * tokens
 
@@ -32,7 +32,7 @@ class KVCache:
         slots: how many rows it starts with; `take` adds more.
         max_length: how many tokens a row may have.
         dtype: "float32", "float16" or "bfloat16".
-        ranks: of the processes that share the key heads, parallel.Ranks.
+        ranks: of the processes that share the key heads, parallel.TensorParallel.
 
     Raises:
         InputError: there is not enough memory for all of its rows at their full length, here or in another process.

@@ -99,7 +99,7 @@ class CheckpointMixin:
             revision: of a hub name, a branch, a tag or a commit; "NAME@REVISION" is the same.
             lora_path: a LoRA adapter in PEFT's layout, a directory or a hub name. It is merged into the weights while
                 they are read, before they are cast or quantized; beside those of a quantized checkpoint it is kept.
-            ranks: parallel.Ranks, of a language model whose weights several processes share: each reads its own part.
+            ranks: parallel.TensorParallel, of a language model that several processes share: each reads its own part.
             overrides: configuration values in place of the checkpoint's.
 
         Raises:

@@ -33,7 +33,7 @@ class Emu3Linear(nn.Layer):
     Args:
         rows: of tensor parallel the outputs that this process has, slices that follow each other; None is all.
         columns: the inputs that it has, a slice; None is all. What comes out is then summed over the processes.
-        ranks: Ranks; None is one process.
+        ranks: TensorParallel; None is one process.
     """
 
     def __init__(self, config, in_features, out_features, rows=None, columns=None, ranks=None):

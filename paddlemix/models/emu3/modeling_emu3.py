@@ -167,8 +167,8 @@ class Emu3Model(CheckpointMixin, nn.Layer):
 
     Args:
         config: Emu3Config.
-        ranks: parallel.Ranks, of tensor parallel: this process has a part of each linear layer, and every process calls
-            the same methods in the same order. None is one process.
+        ranks: parallel.TensorParallel: this process has a part of each linear layer, and every process calls the same
+            methods in the same order. None is one process.
     """
 
     config_class = Emu3Config

@@ -5,7 +5,10 @@ import functools
 import operator
 import os
 import re
+import secrets
+import socket
 from dataclasses import dataclass
+from multiprocessing.connection import Client, Listener
 
 import paddle
 
@@ -30,12 +33,10 @@ class Ranks:
     def _call(self, function, *arguments, **options):
         try:
             return function(*arguments, **options)
-        except (RuntimeError, OSError) as error:  # what the backends raise, each its own
-            reason = re.sub(r"^\W*/\S+\s*", "", " ".join(str(error).split()))[:80]
+        except (RuntimeError, OSError, EOFError) as error:  # what the backends raise, each its own
+            reason = re.sub(r"^\W*/\S+\s*", "", " ".join(str(error).split()))[:80] or type(error).__name__
             text = f"one of the {self.count} processes has ended or cannot be reached ({reason}){self.advice}"
             raise RankLost(text) from None
-
-    # --- of training
 
     def reduce(self, tensor, owner):
         """The sum of everyone's tensor, in the owner's; what the others' holds then is not defined."""
@@ -67,7 +68,35 @@ class Ranks:
         """Until all are here."""
         self.sum_numbers(0.0)
 
-    # --- of tensor parallel
+
+class TensorParallel(Ranks):
+    """The processes that share one model.
+
+    Parts of a pass go through the collectives, where none may be late by more than gloo's 30 seconds. All else goes
+    through connections of its own to the first process, where one may be waited for as long as it lives.
+    """
+
+    def __init__(self, advice=""):
+        super().__init__(advice)
+        listener, address, key = None, None, None
+        if self.rank == 0:
+            key, host = secrets.token_bytes(32), os.environ["PADDLE_CURRENT_ENDPOINT"].rsplit(":", 1)[0]
+            listener = Listener((host, 0), "AF_INET", self.count, authkey=key)
+            address = listener.address
+        values = [(address, key)]
+        self._call(paddle.distributed.broadcast_object_list, values, src=0)
+        (address, key), self.others = values[0], {}
+        if self.rank == 0:
+            for _ in range(1, self.count):
+                other = listener.accept()
+                self.others[other.recv()] = other
+            listener.close()
+        else:
+            self.first = Client(address, authkey=key)
+            self.first.send(self.rank)
+        for connection in self.others.values() if self.rank == 0 else [self.first]:
+            with socket.socket(fileno=os.dup(connection.fileno())) as own:
+                own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small messages wait for nothing
 
     def sum(self, x):
         """The sum of everyone's tensor, in all of them: the same bits in each."""
@@ -85,9 +114,17 @@ class Ranks:
 
     def from_first(self, value=None):
         """The first process's small Python value, in all."""
-        values = [value]
-        self._call(paddle.distributed.broadcast_object_list, values, src=0)
-        return values[0]
+        if self.rank:
+            return self._call(self.first.recv)
+        for other in self.others.values():
+            self._call(other.send, value)
+        return value
+
+    def gather(self, value):
+        if self.rank:
+            self._call(self.first.send, value)
+            return self.from_first()
+        return self.from_first([value, *(self._call(self.others[rank].recv) for rank in range(1, self.count))])
 
     def require_memory(self, size, purpose):
         """NotEnoughMemory in all where one has less than its `size` bytes free."""
