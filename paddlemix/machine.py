@@ -17,6 +17,10 @@ class NotEnoughMemory(InputError):
     """What was asked for does not fit into the memory that is free now."""
 
 
+class RankLost(InputError):
+    """One of several processes has ended, or failed where another one cannot know: the others cannot go on."""
+
+
 def start_paddle(device=None, quiet=True):
     """Import Paddle without its notices, with all cores, on a device.
 

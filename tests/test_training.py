@@ -19,10 +19,10 @@ from conftest import golden
 from safetensors.numpy import load_file
 
 from paddlemix.models.emu3 import Emu3ForCausalLM
+from paddlemix.models.emu3.parallel import Ranks
 from paddlemix.training.datasets import Example, make_row
 from paddlemix.training.loss import next_token_loss
 from paddlemix.training.optimizer import AdamW, cosine_with_min_lr
-from paddlemix.training.ranks import Ranks
 from paddlemix.training.settings import Settings
 from paddlemix.training.train import open_model, train
 from paddlemix.utils import InputError

@@ -6,7 +6,15 @@ from paddlemix.utils import InputError
 
 from .console import Loading, Stopwatch, add_texts, integer, make_parser, note, number, progress_bar, say
 from .files import Preview, write_stats, wrote
-from .language_model import add_dtype, add_model_paths, make_pipeline, note_dtype
+from .language_model import (
+    add_dtype,
+    add_model_paths,
+    add_tensor_parallel,
+    end_others,
+    follows,
+    make_pipeline,
+    note_dtype,
+)
 from .unfinished import Unfinished, fingerprint
 
 
@@ -47,12 +55,15 @@ def parser(prog=None):
         "--resume", action="store_true", help="continue what an interrupted run of the same command left"
     )
     add_dtype(parser)
+    add_tensor_parallel(parser)
     return parser
 
 
 def main(args):
+    emu3 = make_pipeline(args)
+    if follows({None: emu3}):
+        return
     with Loading() as load:
-        emu3 = make_pipeline(args)
         generation = emu3.generate_steps(
             args.prompt, negative_prompt=args.negative_prompt, ratio=args.ratio, height=args.height, width=args.width,
             num_images=args.num_images, guidance_scale=args.guidance_scale, temperature=args.temperature,
@@ -76,6 +87,7 @@ def main(args):
     with unfinished:
         with Stopwatch() as watch:
             draw(generation, unfinished, Preview(args.preview) if args.preview else None)
+        processes = end_others(emu3, say)
         with Stopwatch() as decode:
             images = generation.images()
         texts = [generation.metadata(i) for i in range(len(images))]
@@ -89,7 +101,7 @@ def main(args):
         Preview(args.preview).show(images)
     write_stats(
         args, tokens=tokens, seconds=watch.seconds, tokens_per_s=rate, forward_passes=generation.forward_passes,
-        load_s=load.seconds, decode_s=decode.seconds,
+        load_s=load.seconds, decode_s=decode.seconds, **processes,
     )  # fmt: skip
 
 

@@ -1,9 +1,13 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The language model of a command: the arguments that name it, and the pipeline that they make."""
 
-from paddlemix.models.emu3.needs import step_parameters
+import os
+import signal
 
-from .console import note
+from paddlemix.models.emu3.needs import step_parameters
+from paddlemix.utils import InputError
+
+from .console import Loading, note
 
 # Without the compiled operators Paddle computes in float32 on a CPU. A model that reads less for a token is quick
 # enough without them, and no note is due.
@@ -30,14 +34,67 @@ def add_model_paths(parser, default):
     parser.add_argument("--lora_path", help=LORA_HELP)
 
 
+def add_tensor_parallel(parser):
+    parser.add_argument(
+        "--tensor_parallel", action="store_true", help="share the language model among the processes of "
+        "`python -m paddle.distributed.launch --nproc_per_node N` (or --gpus 0,1), which this program is started by: "
+        "each has a part of the weights"
+    )  # fmt: skip
+
+
 def make_pipeline(args, chat_template=None):
     """The Emu3Pipeline of a command's arguments. Nothing is read yet."""
     from paddlemix.pipelines import Emu3Pipeline
 
     options = {} if chat_template is None else {"chat_template": chat_template}
     return Emu3Pipeline(
-        args.model_path, args.vq_model_path, args.dtype, progress=True, lora_path=args.lora_path, **options
-    )
+        args.model_path, args.vq_model_path, args.dtype, progress=True, lora_path=args.lora_path,
+        ranks=make_ranks(args), **options,
+    )  # fmt: skip
+
+
+def make_ranks(args):
+    """The TensorParallel of --tensor_parallel; None without it."""
+    if not getattr(args, "tensor_parallel", False):  # not every command has it
+        return None
+    from paddlemix.models.emu3.parallel import TensorParallel
+
+    if int(os.environ.get("PADDLE_TRAINERS_NUM", 1)) < 2:
+        raise InputError(
+            "--tensor_parallel is for several processes: start the program of paddlemix/examples/emu3/ by "
+            "`python -m paddle.distributed.launch --nproc_per_node 2`"
+        )
+    return TensorParallel("start the same command again")
+
+
+def follows(pipelines):
+    """Of several processes all but the first only compute their part of its passes. Whether this is one of those; then
+    the work is done. pipelines: {name: Emu3Pipeline}, as the first one's batches have the names."""
+    first = next(iter(pipelines.values()))
+    ranks = first.ranks
+    if ranks is None or ranks.rank == 0:
+        return False
+    from paddlemix.models.emu3.shared_batch import follow
+
+    with Loading():
+        _ = first.model
+    for which in (signal.SIGINT, signal.SIGTERM):  # the first process takes them, and ends this one
+        signal.signal(which, signal.SIG_IGN)
+    follow(ranks, pipelines)
+    return True
+
+
+def end_others(pipeline, tell):
+    """Let the other processes end; what all have read and used, for the statistics, and told in a line."""
+    if pipeline.ranks is None:
+        return {}
+    from paddlemix.models.emu3.shared_batch import end
+
+    processes = end(pipeline.model)
+    read = ", ".join(f"{one['bytes_read'] / 1e6:.1f}" for one in processes)
+    used = ", ".join(f"{one['peak_memory_mb']:.0f}" for one in processes)
+    tell(f"{len(processes)} processes read {read} MB of weights, and had at most {used} MB in memory")
+    return {"processes": processes}
 
 
 def note_dtype(emu3):

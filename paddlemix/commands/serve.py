@@ -17,7 +17,7 @@ from paddlemix.machine import start_paddle
 from paddlemix.utils import InputError, shown
 
 from .console import DEVICE_HELP, bare_parser, integer, note, number, say, to_stderr
-from .language_model import LORA_HELP, add_dtype, note_dtype
+from .language_model import LORA_HELP, add_dtype, add_tensor_parallel, follows, make_ranks, note_dtype
 
 KEY = "EMU3_API_KEY"
 LEAST = {"max_batch": 1, "max_queue": 1, "max_pixels": 64, "max_tokens": 1, "max_body": 0.001, "max_seconds": 1,
@@ -40,6 +40,7 @@ def parser(prog=None):
         help="the vision tokenizer: a directory or a hub name (default: BAAI/Emu3-VisionTokenizer, or emu3-mini's own)",
     )  # fmt: skip
     add_dtype(parser)
+    add_tensor_parallel(parser)
     parser.add_argument("--device", help=DEVICE_HELP)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 is all of this machine")
     parser.add_argument("--port", type=integer, default=8000, help="0 is a free one")
@@ -72,12 +73,15 @@ def parser(prog=None):
 
 
 def main(args):
-    key = check(args)
+    key, ranks = check(args), make_ranks(args)
+    if ranks and ranks.rank:
+        follows(make_pipelines(args, ranks)[0])
+        return
     listener = listen(args.host, args.port)
     if not is_loopback(args.host) and not key:
         note(f"whoever reaches {args.host} may use this server: give --api_key, or {KEY} in the environment")
     if args.ray is None:
-        engine, app = build(args, key)
+        engine, app = build(args, key, ranks)
         asyncio.run(_serve(app, engine, listener, args.drain_seconds))
         return
     host, port = listener.getsockname()[:2]
@@ -86,13 +90,13 @@ def main(args):
     replicate(args, key, host, port)
 
 
-def build(args, key):
+def build(args, key, ranks=None):
     """(Engine, application), nothing started."""
     from paddlemix.serving.app import make_app
     from paddlemix.serving.engine import Engine
     from paddlemix.serving.guard import Limits
 
-    pipelines, names = make_pipelines(args)
+    pipelines, names = make_pipelines(args, ranks)
     _log(args.verbose)
     engine = Engine(
         pipelines, max_batch=args.max_batch, max_queue=args.max_queue, output_dir=args.output_dir
@@ -149,12 +153,14 @@ def check(args):
         raise InputError(f"--api_key, or {KEY}, must be of printable ASCII characters: a header takes no others")
     if args.replicas > 1 and args.ray is None:
         raise InputError("--replicas is for --ray: give both")
+    if args.tensor_parallel and args.ray is not None:
+        raise InputError("--tensor_parallel and --ray do not go together: give one of the two")
     if not args.model_path and not args.chat_model_path:
         raise InputError("give --model_path, --chat_model_path or both; emu3-mini comes with the package")
     return key
 
 
-def make_pipelines(args):
+def make_pipelines(args, ranks=None):
     """({name: Emu3Pipeline}, {name: what it does}). InputError where there is no such checkpoint."""
     from paddlemix.models.emu3.hub import MINI
     from paddlemix.pipelines import Emu3Pipeline
@@ -172,7 +178,9 @@ def make_pipelines(args):
         if paths.setdefault(name, (path, lora)) != (path, lora):
             raise InputError(f"two models are called {shown(name)}: give one folder another name")
         if name not in pipelines:
-            pipelines[name] = Emu3Pipeline(path, args.vision_path, args.dtype, progress=True, lora_path=lora)
+            pipelines[name] = Emu3Pipeline(
+                path, args.vision_path, args.dtype, progress=True, lora_path=lora, ranks=ranks
+            )
             note_dtype(pipelines[name])  # which reads its config.json: a mistyped name is told here
         names.setdefault(name, []).append(task)
     return pipelines, names
@@ -268,7 +276,10 @@ async def _serve(app, engine, listener, drain_seconds):
     if engine.state != "failed":
         host, port = listener.getsockname()[:2]
         say(f"listening on {url(host, port)}")
-        await ends.wait()
+        while not ends.is_set() and engine.state != "failed":  # where another process has ended
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(ends.wait(), 0.5)
+    if engine.state != "failed":
         to_stderr(f"finishing what runs, for at most {drain_seconds:g} seconds; Ctrl-C ends at once")
         await asyncio.to_thread(engine.drain, drain_seconds)
     server.should_exit = True

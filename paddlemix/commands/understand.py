@@ -3,7 +3,15 @@
 
 from .console import Loading, Stopwatch, add_texts, integer, make_parser, note, print_result, to_stderr
 from .files import load_pictures, write_stats
-from .language_model import add_dtype, add_model_paths, make_pipeline, note_dtype
+from .language_model import (
+    add_dtype,
+    add_model_paths,
+    add_tensor_parallel,
+    end_others,
+    follows,
+    make_pipeline,
+    note_dtype,
+)
 
 
 def parser(prog=None):
@@ -26,13 +34,16 @@ def parser(prog=None):
         "'{image_prompt}{text_prompt}')"
     )  # fmt: skip
     add_dtype(parser)
+    add_tensor_parallel(parser)
     return parser
 
 
 def main(args):
     pictures, questions = pairs(args)
+    emu3 = make_pipeline(args, args.chat_template)
+    if follows({None: emu3}):
+        return
     with Loading() as load:
-        emu3 = make_pipeline(args, args.chat_template)
         note_dtype(emu3)  # a mistyped --model_path is told here, before the vision tokenizer is read
         images = load_pictures(pictures, emu3.image_processor)
         answers = emu3.understand_steps(images, questions, max_new_tokens=args.max_new_tokens)
@@ -41,11 +52,12 @@ def main(args):
     titles = [f"{path}: {question}\n" for path, question in zip(pictures, questions, strict=True)]
     with Stopwatch() as watch:
         show(answers, titles if len(titles) > 1 else [""])
+    processes = end_others(emu3, to_stderr)
     rate = answers.tokens / watch.seconds
     to_stderr(f"{answers.tokens} tokens in {watch.seconds:.1f} s, {rate:.1f} a second")
     write_stats(
         args, tokens=answers.tokens, seconds=watch.seconds, tokens_per_s=rate, forward_passes=answers.forward_passes,
-        load_s=load.seconds, encode_s=answers.encode_s,
+        load_s=load.seconds, encode_s=answers.encode_s, **processes,
     )  # fmt: skip
 
 

@@ -80,6 +80,7 @@ class Unfinished:
 
     def _terminate(self, *signal_and_frame):
         self.terminated = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Paddle's launcher sends it several times
         raise KeyboardInterrupt
 
     def __exit__(self, kind, error, traceback):

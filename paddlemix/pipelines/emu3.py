@@ -44,13 +44,16 @@ class Emu3Pipeline:
         chat_template: of questions, with {image_prompt} and {text_prompt} once each.
         progress: show a progress bar while weights are read (on a terminal).
         lora_path: a LoRA adapter of the language model in PEFT's layout, a directory or a hub name.
+        ranks: models.emu3.parallel.TensorParallel: this is the first of the processes that share the language model,
+            and the others follow its batches (models/emu3/shared_batch.py).
     """
 
     def __init__(
         self, model_path=None, vq_model_path=None, dtype=None, chat_template=CHAT_TEMPLATE, progress=False,
-        lora_path=None,
+        lora_path=None, ranks=None,
     ):  # fmt: skip
         check_chat_template(chat_template)
+        self.ranks = ranks
         self.model_path, self.chat_template, self.progress = model_path, chat_template, progress
         self.lora_path = lora_path
         self.vq_model_path = vq_model_path or matching_vision_tokenizer(model_path)
@@ -132,7 +135,7 @@ class Emu3Pipeline:
         from paddlemix.models.emu3 import Emu3ForCausalLM
 
         return Emu3ForCausalLM.from_pretrained(
-            self.model_path, dtype=self.dtype, progress=self.progress, lora_path=self.lora_path
+            self.model_path, dtype=self.dtype, progress=self.progress, lora_path=self.lora_path, ranks=self.ranks
         )
 
     @contextmanager
@@ -151,7 +154,9 @@ class Emu3Pipeline:
 
         from paddlemix.models.emu3 import Emu3ForCausalLM
 
-        checkpoint = Emu3ForCausalLM.open_pretrained(self.model_path, dtype=self.dtype, lora_path=self.lora_path)
+        checkpoint = Emu3ForCausalLM.open_pretrained(
+            self.model_path, dtype=self.dtype, lora_path=self.lora_path, ranks=self.ranks
+        )
         purpose = f"for {self.model_path} in {self.dtype} and for pictures that are encoded beside it"
         machine.require_memory(checkpoint.size + beside, purpose)
         device = paddle.get_device()

@@ -110,10 +110,10 @@ class Generation:
         return sum(drawing.rows for drawing in self.drawings)
 
     def __iter__(self):
-        from paddlemix.models.emu3.decoding import Batch
+        from paddlemix.models.emu3.shared_batch import make_batch
 
         self._require_memory_to_decode()  # once more: the weights are in memory by now
-        batch = Batch(self.pipeline.model, self.decoding)
+        batch = make_batch(self.pipeline.model, decoding=self.decoding)
         batch.join(*self.drawings)
         while batch:
             gained = sum(tokens for _, tokens in batch.step())
@@ -154,7 +154,8 @@ class Generation:
             batch.require_memory(max(tokens))
         else:
             purpose = f"for the keys and values of {sum(tokens)} tokens, {len(self.codes)} pictures at once"
-            require_memory(cache_bytes(config, sum(tokens), self.pipeline.dtype), purpose)
+            size = cache_bytes(config, sum(tokens), self.pipeline.dtype, self.pipeline.ranks)
+            require_memory(size, purpose)
 
     def _require_memory_to_decode(self):
         for h, w in set(self.codes):
@@ -245,9 +246,9 @@ class Understanding:
         return [answer.is_done for answer in self.answers]
 
     def __iter__(self):
-        from paddlemix.models.emu3.decoding import Batch
+        from paddlemix.models.emu3.shared_batch import make_batch
 
-        batch = Batch(self.pipeline.model)
+        batch = make_batch(self.pipeline.model)
         batch.join(*self.answers)
         while batch:
             batch.step()

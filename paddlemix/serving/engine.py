@@ -13,9 +13,9 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from paddlemix.machine import NotEnoughMemory, available_cores
+from paddlemix.machine import NotEnoughMemory, RankLost, available_cores
 from paddlemix.paddle_private import num_threads, set_num_threads
 from paddlemix.processors.image_processing_emu3 import over_white, to_pil
 from paddlemix.results import save_results
@@ -59,7 +59,8 @@ class Engine:
         output_dir: a folder that finished pictures are written to as well. What was accepted and not finished when the
             process ended is drawn at the next start.
 
-    `state` is "loading", "ready", "draining" or "failed"; `reason` then the line that says why.
+    `state` is "loading", "ready", "draining" or "failed"; `reason` then the line that says why. Where the pipelines
+    have ranks, the other processes follow the batches of this one, and the engine fails when one of them ends.
     """
 
     def __init__(self, pipelines, *, max_batch=16, max_queue=64, prefix_tokens=16_384, output_dir=None):
@@ -166,6 +167,12 @@ class Engine:
                     break
             try:
                 self._turn()
+            except RankLost as error:
+                log.error("%s", one_line(error))
+                with self._changed:
+                    self.state, self.reason = "failed", one_line(error)
+                self._batches.clear()
+                break
             except Exception as error:  # nobody's in particular
                 self._log_error("a pass failed", error)
                 self._batches.clear()
@@ -179,7 +186,18 @@ class Engine:
             job.tell(Failed(Unavailable("the server is stopping", 10)))
         if self.records is not None:
             self.records.release()
+        if self.state != "failed":
+            self._end_others()
         self._batches.clear()
+
+    def _end_others(self):
+        from paddlemix.models.emu3.shared_batch import end
+
+        pipeline = next(iter(self._batches), None)
+        if pipeline and pipeline.model.ranks:
+            with suppress(RankLost):
+                for one in end(pipeline.model):
+                    log.info("process %d read %d bytes of weights, and had at most %.0f MB in memory", *one.values())
 
     def _begin_thread(self):
         import paddle
@@ -218,6 +236,8 @@ class Engine:
                 continue
             try:
                 began = self._begin(job)
+            except RankLost:
+                raise
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -268,6 +288,8 @@ class Engine:
     def _step(self, batch, jobs):
         try:
             batch.step()
+        except RankLost:
+            raise
         except Exception as error:  # one of them, or memory for all together: each by itself shows which
             self._log_error("a pass failed", error)
             if isinstance(error, (NotEnoughMemory, MemoryError)):
@@ -284,6 +306,8 @@ class Engine:
                 self._counts["tokens_total"] += job._advance(self)
                 if job._is_done():
                     self._finish(job)
+            except RankLost:
+                raise
             except Exception as error:
                 self._fail(job, error)
 
@@ -349,11 +373,12 @@ class Engine:
 
     def _batch(self, pipeline):
         """The batch of a pipeline's model, which is loaded where it is not."""
-        from paddlemix.models.emu3 import Batch
+        from paddlemix.models.emu3.shared_batch import make_batch
 
         if pipeline not in self._batches:
             self._load(pipeline, pipeline.load)
-            self._batches[pipeline] = Batch(pipeline.model, prefix_tokens=self.prefix_tokens)
+            name = next(name for name, one in self.pipelines.items() if one is pipeline)
+            self._batches[pipeline] = make_batch(pipeline.model, name, prefix_tokens=self.prefix_tokens)
         return self._batches[pipeline]
 
     def _load(self, pipeline, load):

@@ -8,10 +8,13 @@ import zlib
 from pathlib import Path
 
 from paddlemix.machine import half_dtype, peak_memory, require_memory
+from paddlemix.models.emu3.parallel import Ranks
 from paddlemix.processors.prompts import Prompts
 from paddlemix.utils import InputError, shown
 
 from .datasets import PreparedData, Rows, collate
+
+GOES_ON = "the same command goes on from the last checkpoint, with any number of processes"
 
 
 def train(settings, stop, progress=False):
@@ -38,9 +41,8 @@ def train(settings, stop, progress=False):
     from .curves import Log
     from .loss import next_token_loss
     from .optimizer import AdamW, cosine_with_min_lr
-    from .ranks import Ranks
 
-    ranks, folder, at_once = Ranks(), Path(settings.output_dir), settings.per_device_train_batch_size
+    ranks, folder, at_once = Ranks(GOES_ON), Path(settings.output_dir), settings.per_device_train_batch_size
     folder.mkdir(parents=True, exist_ok=True)
     config, prompts = open_model(settings)
     data = PreparedData(settings.data_path, prompts.grammar.codebook_size)

@@ -9,14 +9,16 @@ import paddle
 from paddlemix.machine import release_memory, require_memory
 
 from .checkpoint import dtype_name
+from .parallel import share
 
 CACHE_BLOCK = 1024  # tokens that a cache grows by
 
 
-def cache_bytes(config, tokens, dtype):
-    """What the keys and values of so many tokens take where the model is of a dtype: all but float32 keep 16 bits."""
-    itemsize = 4 if dtype == "float32" else 2
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize * tokens
+def cache_bytes(config, tokens, dtype, ranks=None):
+    """What the keys and values of so many tokens take where the model is of a dtype: all but float32 keep 16 bits.
+    ranks: of the processes that share the key heads, parallel.TensorParallel."""
+    itemsize, heads = 4 if dtype == "float32" else 2, share(config.num_key_value_heads, ranks)
+    return 2 * config.num_hidden_layers * (heads.stop - heads.start) * config.head_dim * itemsize * tokens
 
 
 class KVCache:
@@ -30,14 +32,16 @@ class KVCache:
         slots: how many rows it starts with; `take` adds more.
         max_length: how many tokens a row may have.
         dtype: "float32", "float16" or "bfloat16".
+        ranks: of the processes that share the key heads, parallel.TensorParallel.
 
     Raises:
-        InputError: there is not enough memory for all of its rows at their full length.
+        InputError: there is not enough memory for all of its rows at their full length, here or in another process.
     """
 
-    def __init__(self, config, slots, max_length, dtype="float32"):
+    def __init__(self, config, slots, max_length, dtype="float32", ranks=None):
         self.lengths, self.taken, self.max_length = np.zeros(slots, np.int64), [False] * slots, max_length
-        self.config, self.shape = config, (config.num_key_value_heads, config.head_dim)
+        heads, self.ranks = share(config.num_key_value_heads, ranks), ranks
+        self.config, self.shape = config, (heads.stop - heads.start, config.head_dim)
         self.dtype = dtype_name(dtype)
         self._require_memory(slots, max_length, 0)
         shape, layers = [slots, self.shape[0], min(max_length, CACHE_BLOCK), self.shape[1]], config.num_hidden_layers
@@ -160,5 +164,6 @@ class KVCache:
     def _require_memory(self, slots, max_length, held):
         """`held`: the tokens that memory was taken for before."""
         tokens = slots * max_length
-        size = cache_bytes(self.config, tokens - held, self.dtype)
-        require_memory(size, f"for the keys and values of {tokens} tokens")
+        size = cache_bytes(self.config, tokens - held, self.dtype, self.ranks)
+        require = self.ranks.require_memory if self.ranks else require_memory
+        require(size, f"for the keys and values of {tokens} tokens")

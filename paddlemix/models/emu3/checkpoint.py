@@ -82,7 +82,8 @@ class CheckpointMixin:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path, dtype=None, config=None, progress=True, revision=None, lora_path=None, **overrides
+        cls, name_or_path, dtype=None, config=None, progress=True, revision=None, lora_path=None, ranks=None,
+        **overrides,
     ):
         """A model with the weights of a checkpoint in the released layout, in eval mode.
 
@@ -98,16 +99,19 @@ class CheckpointMixin:
             revision: of a hub name, a branch, a tag or a commit; "NAME@REVISION" is the same.
             lora_path: a LoRA adapter in PEFT's layout, a directory or a hub name. It is merged into the weights while
                 they are read, before they are cast or quantized; beside those of a quantized checkpoint it is kept.
+            ranks: parallel.TensorParallel, of a language model that several processes share: each reads its own part.
             overrides: configuration values in place of the checkpoint's.
 
         Raises:
             InputError (a ValueError): files missing, truncated, corrupt, or of another model; not enough memory;
-                a dtype that the device cannot compute with.
+                a dtype that the device cannot compute with; a model that so many processes cannot share.
         """
-        return cls.open_pretrained(name_or_path, dtype, config, revision, lora_path, **overrides).read(progress)
+        return cls.open_pretrained(name_or_path, dtype, config, revision, lora_path, ranks, **overrides).read(progress)
 
     @classmethod
-    def open_pretrained(cls, name_or_path, dtype=None, config=None, revision=None, lora_path=None, **overrides):
+    def open_pretrained(
+        cls, name_or_path, dtype=None, config=None, revision=None, lora_path=None, ranks=None, **overrides
+    ):
         """What `from_pretrained` does before it reads the weights -> OpenCheckpoint. Arguments and errors as there."""
         import paddle
 
@@ -130,15 +134,17 @@ class CheckpointMixin:
         is_here = weights_are_here(name_or_path, cls.config_class.part)
         weights = _open_checked(cls, name_or_path, config) if is_here else {}
         try:
+            shared = {"ranks": ranks} if ranks else {}
             with paddle.LazyGuard():  # no weight is made before the checkpoint's own takes its place
-                model = cls(config)
+                model = cls(config, **shared)
                 in_files, quantize = model._checkpoint_state(), dtype in QUANTIZATIONS and not quantized
+                parts = model._parts()
                 if quantize:
-                    model = cls(config.quantized(dtype))
+                    model = cls(config.quantized(dtype), **shared)
             checkpoint = OpenCheckpoint(model, weights, dtype, quantize, adapter)
             require_memory(checkpoint.size, f"in {dtype} for {name_or_path}")
             checkpoint.weights = weights = weights or _open_checked(cls, name_or_path, config)
-            _check_names_and_shapes(name_or_path, in_files, weights, model.tied_weights)
+            _check_names_and_shapes(name_or_path, in_files, weights, model.tied_weights, parts)
             if adapter:
                 adapter.check(checkpoint.linear_shapes())
         except BaseException:
@@ -193,6 +199,13 @@ class CheckpointMixin:
         """{checkpoint name of a weight: the layer that it belongs to}"""
         return {f"{self.checkpoint_prefix}{name}.weight": layer for name, layer in self.named_sublayers()}
 
+    def _parts(self):
+        """{checkpoint name: parallel.Part} of the weights that this process does not have whole"""
+        layers = [(name, layer) for name, layer in self.named_sublayers() if hasattr(layer, "parts")]
+        return {
+            f"{self.checkpoint_prefix}{name}.{of}": part for name, layer in layers for of, part in layer.parts().items()
+        }
+
     def _checkpoint_state(self):
         """{checkpoint name: parameter or buffer}"""
         state = {self.checkpoint_prefix + name: tensor for name, tensor in self.state_dict().items()}
@@ -201,7 +214,7 @@ class CheckpointMixin:
 
 class OpenCheckpoint:
     """A model and the files of its weights, open and checked. `read` reads them, in another thread too; `size` is how
-    many bytes they take in memory.
+    many bytes they take in memory, `bytes_read` how many were taken from the files.
 
     Args:
         model: its parameters have no memory yet.
@@ -214,6 +227,7 @@ class OpenCheckpoint:
     def __init__(self, model, weights, dtype, quantize, adapter=None):
         self.model, self.weights, self.dtype, self.quantize, self.adapter = model, weights, dtype, quantize, adapter
         self.state, self.layers = model._checkpoint_state(), model._layers_of_weights()
+        self.parts, self.bytes_read = model._parts(), 0
         self.size, self.stopped = _size(self.state, dtype) + (adapter.num_bytes if adapter else 0), False
 
     def read(self, progress=True):
@@ -227,6 +241,7 @@ class OpenCheckpoint:
         def count(size):
             if self.stopped:
                 raise CancelledError
+            self.bytes_read += size
             bar.update(size)
 
         with contextlib.closing(self), bar:
@@ -236,17 +251,16 @@ class OpenCheckpoint:
                 if name + "_scale" in self.state and self.quantize:
                     self.layers[name].quantize_from(weights[name], name, count)
                 elif name in self.state:
-                    _assign(self.state[name], weights[name], name, self.dtype, count)
+                    _assign(self.state[name], weights[name], name, self.dtype, count, self.parts.get(name))
             self._keep_adapter()
+        self.model.bytes_read = self.bytes_read
         return self.model.eval()
 
     def linear_shapes(self):
         """{name of a linear layer: [out, in]}"""
         layers = {name.removesuffix(".weight"): layer for name, layer in self.layers.items() if name in self.state}
         return {
-            name: [layer.weight.shape[0], layer.in_features]
-            for name, layer in layers.items()
-            if hasattr(layer, "add_lora")
+            name: layer.shape for name, layer in layers.items() if hasattr(layer, "add_lora")
         }
 
     def _merge_adapter(self):
@@ -314,7 +328,7 @@ def _open_checked(cls, name_or_path, config):
     return weights
 
 
-def _check_names_and_shapes(name_or_path, state, weights, optional):
+def _check_names_and_shapes(name_or_path, state, weights, optional, parts):
     def some(names):
         names = sorted(names)
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -331,7 +345,8 @@ def _check_names_and_shapes(name_or_path, state, weights, optional):
             raise InputError(
                 f"{weights[name].path}: tensor {name} is {stored}, config.json's quantization_config asks for {wanted}"
             )
-        expected, found = list(tensor.shape), list(weights[name].shapes[name])
+        expected = list(parts[name].shape if name in parts else tensor.shape)
+        found = list(weights[name].shapes[name])
         if found != expected:
             raise InputError(
                 f"{weights[name].path}: tensor {name} is {found}, config.json asks for {expected}: "
@@ -345,8 +360,9 @@ def _check_names_and_shapes(name_or_path, state, weights, optional):
             )
 
 
-def _assign(target, file, name, dtype, on_bytes):
-    """Put a tensor of a file into a parameter (which has no memory yet) or a buffer (which keeps its dtype)."""
+def _assign(target, file, name, dtype, on_bytes, part=None):
+    """Put a tensor of a file, or a Part of it, into a parameter (which has no memory yet) or a buffer (which keeps its
+    dtype)."""
     import ml_dtypes  # noqa: F401  makes numpy know bfloat16
     import numpy as np
     import paddle
@@ -362,4 +378,4 @@ def _assign(target, file, name, dtype, on_bytes):
         if is_embedding and stored != "float16":
             stored = half_dtype()
         dtype = "float32" if is_wide and not is_embedding else stored
-    share(file.read(name, np.dtype(dtype), on_bytes), target)
+    share(file.read(name, np.dtype(dtype), on_bytes, part), target)

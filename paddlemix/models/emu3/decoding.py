@@ -12,7 +12,7 @@ import paddle
 
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.few_rows_linear import FEW_ROWS, few_rows
-from paddlemix.machine import NotEnoughMemory, require_memory, with_memory_released
+from paddlemix.machine import NotEnoughMemory, RankLost, require_memory, with_memory_released
 from paddlemix.utils import InputError, whole_number, whole_numbers
 
 from .cache import cache_bytes
@@ -101,8 +101,8 @@ class Batch:
         while True:
             try:
                 if self.cache is None:
-                    self.cache = with_memory_released(self.model.make_cache, count, length)
-                return with_memory_released(self.cache.take, count, length)
+                    self.cache = self._with_memory(self.model.make_cache, count, length)
+                return self._with_memory(self.cache.take, count, length)
             except (NotEnoughMemory, MemoryError):
                 if self.kept:
                     self._give_up_oldest()
@@ -111,11 +111,20 @@ class Batch:
                 else:
                     self.cache = None
 
+    def _with_memory(self, function, *arguments):
+        """machine.with_memory_released; but one of several processes must not begin anything again by itself."""
+        if self.model.ranks is None:
+            return with_memory_released(function, *arguments)
+        try:
+            return function(*arguments)
+        except MemoryError as error:
+            raise RankLost(f"process {self.model.ranks.rank} is out of memory, which ends all") from error
+
     def require_memory(self, tokens):
         """InputError where a sequence of so many tokens, in all its rows, cannot join, even when the others left."""
         dtype = "float32" if self.model.dtype == paddle.float32 else "bfloat16"
         held = self.cache.slots * self.cache.capacity if self.cache else 0
-        size = cache_bytes(self.model.config, tokens - held, dtype)
+        size = cache_bytes(self.model.config, tokens - held, dtype, self.model.ranks)
         try:
             require_memory(size, f"for the keys and values of {tokens} tokens")
         except NotEnoughMemory as error:  # to wait would not help
@@ -195,7 +204,7 @@ class Batch:
         Returns a list of (sequence, how many tokens it gained); those that are done have left. After an error or Ctrl-C
         in it the next step goes on as if nothing had been.
         """
-        return with_memory_released(self._try_step, only)
+        return self._with_memory(self._try_step, only)
 
     def _try_step(self, only):
         try:

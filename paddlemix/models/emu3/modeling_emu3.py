@@ -13,7 +13,7 @@ from paddlenlp.transformers.model_outputs import CausalLMOutputWithPast
 
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.decoder_step import card_takes, decoder_step
-from paddlemix.external_ops.few_rows_linear import FEW_ROWS
+from paddlemix.external_ops.few_rows_linear import FEW_ROWS, GROUP
 from paddlemix.external_ops.fused_ln import fused_rms_norm
 from paddlemix.external_ops.silu_and_mul import silu_and_mul
 from paddlemix.paddle_private import is_untouched
@@ -23,8 +23,9 @@ from .attention import Mask, Rotary, allowed_keys, attend, count_positions
 from .cache import KVCache
 from .checkpoint import CheckpointMixin, dtype_name
 from .configuration_emu3 import QUANTIZATIONS, Emu3Config
-from .linear import Emu3Linear, normal
+from .linear import Emu3Linear, SplitHead, normal
 from .paddlenlp_generate import PaddleNLPGenerate, generation_config, is_ids, kind_of
+from .parallel import Part, share, times
 
 
 class Emu3RMSNorm(nn.Layer):
@@ -42,15 +43,36 @@ class Emu3RMSNorm(nn.Layer):
         return self.weight.astype(x.dtype) * h.astype(x.dtype)
 
 
+class SplitEmbedding(nn.Layer):
+    """Of several processes each has some numbers of every token's embedding; all are gathered."""
+
+    def __init__(self, config, ranks):
+        super().__init__()
+        self.ranks, self.own = ranks, share(config.hidden_size, ranks)
+        self.shape = [config.vocab_size, config.hidden_size]  # of the whole
+        shape = [config.vocab_size, config.hidden_size // ranks.count]
+        self.weight = self.create_parameter(shape, default_initializer=normal(config))
+
+    def forward(self, ids):
+        return paddle.concat(self.ranks.gather_tensors(F.embedding(ids, self.weight)), axis=-1)
+
+    def parts(self):
+        return {"weight": Part(self.shape, columns=self.own)}
+
+
 class Emu3Attention(nn.Layer):
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, ranks=None):
         super().__init__()
         self.layer, self.config = layer, config
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = Emu3Linear(config, config.hidden_size, heads * dim)
-        self.k_proj = Emu3Linear(config, config.hidden_size, kv_heads * dim)
-        self.v_proj = Emu3Linear(config, config.hidden_size, kv_heads * dim)
-        self.o_proj = Emu3Linear(config, heads * dim, config.hidden_size)
+        queries = keys = None
+        if ranks:  # the queries that share a key head stay together
+            own = share(kv_heads, ranks)
+            queries, keys = times(own, heads // kv_heads * dim), times(own, dim)
+        self.q_proj = Emu3Linear(config, config.hidden_size, heads * dim, rows=queries and (queries,))
+        self.k_proj = Emu3Linear(config, config.hidden_size, kv_heads * dim, rows=keys and (keys,))
+        self.v_proj = Emu3Linear(config, config.hidden_size, kv_heads * dim, rows=keys and (keys,))
+        self.o_proj = Emu3Linear(config, heads * dim, config.hidden_size, columns=queries, ranks=ranks)
 
     def forward(self, x, rotary, mask, cache):
         by_head = [*x.shape[:2], -1, self.config.head_dim]
@@ -66,21 +88,24 @@ class Emu3Attention(nn.Layer):
 
 
 class Emu3MLP(nn.Layer):
-    def __init__(self, config):
+    def __init__(self, config, ranks=None):
         super().__init__()
-        self.gate_proj = Emu3Linear(config, config.hidden_size, config.intermediate_size)
-        self.up_proj = Emu3Linear(config, config.hidden_size, config.intermediate_size)
-        self.down_proj = Emu3Linear(config, config.intermediate_size, config.hidden_size)
+        hidden, middle = config.hidden_size, config.intermediate_size
+        unit = GROUP if config.quantized_dtype == "int4" else 1  # a group of inputs has one scale
+        own = share(middle, ranks, unit) if ranks else None
+        self.gate_proj = Emu3Linear(config, hidden, middle, rows=own and (own,))
+        self.up_proj = Emu3Linear(config, hidden, middle, rows=own and (own,))
+        self.down_proj = Emu3Linear(config, middle, hidden, columns=own, ranks=ranks)
 
     def forward(self, x):
         return self.down_proj(silu_and_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class Emu3DecoderLayer(nn.Layer):
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, ranks=None):
         super().__init__()
-        self.self_attn = Emu3Attention(config, layer)
-        self.mlp = Emu3MLP(config)
+        self.self_attn = Emu3Attention(config, layer, ranks)
+        self.mlp = Emu3MLP(config, ranks)
         self.input_layernorm = Emu3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Emu3RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -140,6 +165,11 @@ class Emu3Model(CheckpointMixin, nn.Layer):
     """The Transformer without its head: token ids to hidden states.
 
     It loads from a checkpoint of the whole model, and saves under the same names.
+
+    Args:
+        config: Emu3Config.
+        ranks: parallel.TensorParallel: this process has a part of each linear layer, and every process calls the same
+            methods in the same order. None is one process.
     """
 
     config_class = Emu3Config
@@ -149,11 +179,14 @@ class Emu3Model(CheckpointMixin, nn.Layer):
     tied_weights = {"lm_head.weight": None, "lm_head.weight_scale": None}
     repeated = {"num_hidden_layers": r"model\.layers\.(\d+)\."}
 
-    def __init__(self, config):
+    def __init__(self, config, ranks=None):
         super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, weight_attr=normal(config))
-        self.layers = nn.LayerList([Emu3DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.config, self.ranks = config, ranks
+        if ranks and not config.tie_word_embeddings and config.hidden_size % ranks.count == 0:
+            self.embed_tokens = SplitEmbedding(config, ranks)
+        else:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, weight_attr=normal(config))
+        self.layers = nn.LayerList([Emu3DecoderLayer(config, i, ranks) for i in range(config.num_hidden_layers)])
         self.norm = Emu3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.enable_recompute = False  # PaddleNLP's name for gradient checkpointing; its Trainer sets it
 
@@ -248,9 +281,9 @@ class Emu3Model(CheckpointMixin, nn.Layer):
         return self.norm(x)
 
     def _has_step(self, x, mask, cache):
-        """decoder_step takes new tokens of a cache and layers as they were made, and gives no gradient; on a card few
-        tokens after others."""
-        if operators() is None or mask.by_query or paddle.is_grad_enabled() or self.training:
+        """decoder_step takes new tokens of a cache and whole layers as they were made, and gives no gradient; on a card
+        few tokens after others."""
+        if self.ranks or operators() is None or mask.by_query or paddle.is_grad_enabled() or self.training:
             return False
         few = x.shape[0] * x.shape[1] <= FEW_ROWS and mask.allowed is None and (mask.by_row or mask.slots is None)
         if not x.place.is_cpu_place() and (mask.is_first or not few):
@@ -260,16 +293,19 @@ class Emu3Model(CheckpointMixin, nn.Layer):
 
 class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
     """The Transformer with its head. PaddleNLP's `generate` works on it; `generate_images` and
-    `generate_text` in generation_emu3.py are the faster way."""
+    `generate_text` in generation_emu3.py are the faster way. Arguments as Emu3Model's."""
 
     config_class = Emu3Config
     dtypes, cpu_dtypes, repeated = Emu3Model.dtypes, Emu3Model.cpu_dtypes, Emu3Model.repeated
 
-    def __init__(self, config):
+    def __init__(self, config, ranks=None):
         super().__init__()
-        self.config = config
-        self.model = Emu3Model(config)
-        self.lm_head = Emu3Linear(config, config.hidden_size, config.vocab_size)
+        self.config, self.ranks = config, ranks
+        self.model = Emu3Model(config, ranks)
+        if ranks and not config.tie_word_embeddings:
+            self.lm_head = SplitHead(config, ranks)
+        else:
+            self.lm_head = Emu3Linear(config, config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.generation_config = generation_config(config)
@@ -303,7 +339,8 @@ class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
         """An empty KVCache for `max_length` tokens, in this model's dtype, or bfloat16 for 16 bits on a CPU."""
         in_16_bits = self.dtype != paddle.float32
         on_cpu = self.lm_head.weight.place.is_cpu_place()
-        return KVCache(self.config, batch_size, max_length, "bfloat16" if in_16_bits and on_cpu else self.dtype)
+        dtype = "bfloat16" if in_16_bits and on_cpu else self.dtype
+        return KVCache(self.config, batch_size, max_length, dtype, self.ranks)
 
     def forward(
         self,

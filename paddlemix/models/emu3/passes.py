@@ -50,7 +50,8 @@ class Pass:
         counts = {picked for _, _, picked in shape}
         if not batch.on_cpu and len(counts) == 1 and all(sequence.forced is not None for sequence, _, _ in shape):
             self._follow_up(*counts)
-        self.replayed = Replayed()
+        # a pass of several processes has their collectives in it, which were never tried in a graph
+        self.replayed = Replayed(may_record=not self.model.ranks)
 
     def _follow_up(self, picks):
         """Let the pass make what one after it reads: arguments of accept_tokens."""
@@ -104,7 +105,8 @@ class Pass:
     def _pick(self, hidden):
         """Hidden states [rows, new, hidden_size] -> ids; a part of the head is read once for all that need it."""
         logits = {}
-        for head in {sequence.head for sequence, _, count in self.shape if count}:
+        # sorted: of several processes each must take them in one order
+        for head in sorted({sequence.head for sequence, _, count in self.shape if count}):
             wanted = [i for i, (sequence, _, count) in enumerate(self.shape) if count and sequence.head == head]
             states = []
             for i in wanted:

@@ -57,17 +57,23 @@ class SafetensorsFile:
         self.asked = self.released = 0
         self.deltas = {}  # {tensor name: adapter.Delta}, added to its rows while they are read
 
-    def read(self, name, dtype, on_bytes=lambda n: None):
-        """The tensor as a new numpy array of `dtype`.
+    def read(self, name, dtype, on_bytes=lambda n: None, part=None):
+        """The tensor, or a parallel.Part of it, as a new numpy array of `dtype`.
 
         InputError where it holds NaN, infinity, or numbers that are infinite in `dtype`.
         """
         import numpy as np
 
-        out = np.empty(math.prod(self.shapes[name]), dtype)
-        for start, chunk in self.chunks(name, out.dtype, 1, on_bytes):
-            out[start : start + chunk.size] = chunk
-        return out.reshape(self.shapes[name])
+        shape, end = list(self.shapes[name]), 0
+        if part and part.rows:
+            shape[0] = sum(rows.stop - rows.start for rows in part.rows)
+        if part and part.columns:
+            shape[1] = part.columns.stop - part.columns.start
+        out = np.empty(math.prod(shape), dtype)
+        for chunk in self.chunks(name, out.dtype, 1, on_bytes, part):
+            out[end : end + chunk.size] = chunk.reshape(-1)
+            end += chunk.size
+        return out.reshape(shape)
 
     def equals(self, name, other, other_name):
         """Whether a tensor is, to the last bit, that of another file or name."""
@@ -83,26 +89,35 @@ class SafetensorsFile:
 
         return np.ndarray(math.prod(self.shapes[name]), DTYPES[self.dtypes[name]], self.map, self.offsets[name])
 
-    def chunks(self, name, dtype, multiple, on_bytes=lambda n: None):
-        """(first, array): a tensor's numbers in parts of a multiple of `multiple`, views of the file, fit for `dtype`;
-        or float32 and of whole rows where there is something to add.
+    def chunks(self, name, dtype, multiple, on_bytes=lambda n: None, part=None):
+        """A tensor's numbers, or those of a parallel.Part, one array after the other, each of a multiple of `multiple`,
+        views of the file, fit for `dtype`; or float32 where there is something to add. Of whole rows there and where
+        the part has some columns, and of these [rows, columns].
 
         InputError where a part holds NaN, infinity, or numbers that are infinite in `dtype`.
         """
         source, unreleased, delta = self._array(name), 0, self.deltas.get(name)
-        multiple = multiple if delta is None else self.shapes[name][1]
+        rows, columns = (part.rows, part.columns) if part else (None, None)
+        width = math.prod(self.shapes[name][1:])
+        multiple = multiple if delta is None and not columns else width
         step = max(1, CHUNK_BYTES // (source.itemsize * multiple)) * multiple
-        for start in range(0, source.size, step):
-            part = source[start : start + step]
-            self._ask(self.offsets[name] + start * source.itemsize)
-            chunk = part if delta is None else delta.added_to(part, start)
-            self._check_range(name, chunk, dtype)
-            yield start, chunk
-            on_bytes(part.nbytes)
-            unreleased += part.nbytes
-            if unreleased >= RELEASE_BYTES:
-                self._release(self.offsets[name] + (start + part.size) * source.itemsize)
-                unreleased = 0
+        for first, last in [(r.start * width, r.stop * width) for r in rows] if rows else [(0, source.size)]:
+            end_of_part = self.offsets[name] + last * source.itemsize if rows else len(self.map)
+            for start in range(first, last, step):
+                chunk = source[start : min(start + step, last)]
+                end, read = self.offsets[name] + (start + chunk.size) * source.itemsize, chunk.nbytes
+                self._ask(end - read, end_of_part)
+                chunk = chunk if delta is None else delta.added_to(chunk, start)
+                if columns:
+                    chunk = chunk.reshape([-1, width])[:, columns]
+                    read = chunk.size * source.itemsize
+                self._check_range(name, chunk, dtype)
+                yield chunk
+                on_bytes(read)
+                unreleased += read
+                if unreleased >= RELEASE_BYTES:
+                    self._release(end)
+                    unreleased = 0
         self._release(self.offsets[name] + source.nbytes)
 
     def _check_range(self, name, chunk, dtype):
@@ -123,10 +138,10 @@ class SafetensorsFile:
         if dtype == np.float16 and largest >= 65520:
             raise InputError(f"{self.path}: tensor {name} holds numbers too large for float16: take bfloat16")
 
-    def _ask(self, start):
+    def _ask(self, start, end):
         if not hasattr(mmap, "MADV_WILLNEED"):
             return
-        end, start = min(start + AHEAD_BYTES, len(self.map)), max(start, self.asked)
+        end, start = min(start + AHEAD_BYTES, end), max(start, self.asked)
         start -= start % mmap.PAGESIZE
         if end > start:
             self.map.madvise(mmap.MADV_WILLNEED, start, end - start)
