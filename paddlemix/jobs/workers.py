@@ -17,6 +17,7 @@ import numpy as np
 from paddlemix.machine import NotEnoughMemory
 from paddlemix.pipelines.steps import answer_text
 from paddlemix.processors import Emu3VisionVQImageProcessor
+from paddlemix.processors.video import read_frames
 from paddlemix.results import png_info
 from paddlemix.utils import InputError, shown, whole_number, whole_numbers
 
@@ -35,7 +36,8 @@ def schema():
 
     return pa.schema([
         ("id", pa.string()),
-        ("codes", pa.list_(pa.int32())),  # height * width, row by row
+        ("codes", pa.list_(pa.int32())),  # height * width, row by row; of a video as many times as it has frames
+        ("frames", pa.int32()),  # of codes, each of 4 of the video; null of an image
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("answer", pa.string()),
@@ -81,10 +83,10 @@ def asked(row, options, names):
     return {**options, **own}
 
 
-def picture_values(codes):
-    """The columns of codes [h, w]."""
-    height, width = codes.shape
-    return {"codes": codes.astype(np.int32).ravel(), "height": height, "width": width}
+def codes_values(codes):
+    """The columns of codes [h, w], or [frames, h, w]."""
+    values = dict(zip(("width", "height", "frames"), codes.shape[::-1]))
+    return {"codes": codes.astype(np.int32).ravel(), **values}
 
 
 def png(image, text=None):
@@ -101,23 +103,25 @@ class DecodeTokens:
         prepare: a function of a row and the batch that returns a Drawing or an Answer, and a function that gives its
             columns when it is done.
         rows: of the batch that a sequence takes at most.
-        batch_size: sequences at most; None is as many as one pass and the memory take.
+        batch_size: sequences together at most; None is as many as one pass takes, and the memory.
     """
 
     def __init__(self, pipeline, prepare, rows, batch_size=None):
         from paddlemix.models.emu3 import Batch
 
-        self.batch, self.prepare = Batch(pipeline.model), prepare
-        self.most = max(1, min(batch_size or self.batch.pass_rows, self.batch.pass_rows // rows))
-        self.running, self.finished = {}, []
+        self.batch, self.prepare, self.rows, self.batch_size = Batch(pipeline.model), prepare, rows, batch_size
+        self.running, self.decoded, self.finished = {}, [], []
         self.waiting = None  # a row for which there is no memory until another has left
 
     def __bool__(self):
-        return bool(self.running or self.finished or self.waiting)
+        return bool(self.running or self.decoded or self.finished or self.waiting)
 
     @property
     def has_room(self):
-        return self.waiting is None and len(self.running) < self.most
+        used = sum(map(len, self.batch.slots.values()))
+        fits = not used or used + self.rows <= self.batch.pass_rows
+        is_full = self.batch_size is not None and len(self.running) >= self.batch_size
+        return fits and not (is_full or self.waiting or self.decoded)
 
     def add(self, number, row):
         self.waiting = number, row, begin(row)
@@ -133,7 +137,10 @@ class DecodeTokens:
             else:
                 self.finished.append((number, values))
         except (InputError, MemoryError) as error:
-            if isinstance(error, (NotEnoughMemory, MemoryError)) and self.running:
+            if isinstance(error, (NotEnoughMemory, MemoryError)) and (self.running or self.batch.cache is not None):
+                if not self.running:
+                    self.batch.give_up()  # the cache
+                    self._join()
                 return
             if isinstance(error, MemoryError):
                 raise
@@ -144,8 +151,19 @@ class DecodeTokens:
         done, self.finished = self.finished, []
         for sequence, _ in self.batch.step() if self.batch else ():
             if sequence.is_done:
-                number, values, finish = self.running.pop(sequence)
+                self.decoded.append(self.running.pop(sequence))
+        while self.decoded:
+            number, values, finish = self.decoded[0]
+            try:
                 done.append((number, {**values, **finish()}))
+            except (NotEnoughMemory, MemoryError):
+                if self.running:
+                    break  # until others have left
+                if self.batch.cache is None:
+                    raise
+                self.batch.give_up()  # the cache
+            else:
+                del self.decoded[0]
         if self.waiting and done:
             self._join()
         return done
@@ -167,7 +185,7 @@ def generate(pipeline, options, batch_size=None, images=False):
         generation = pipeline.generate_steps(prompt, batch=batch, **asked(row, options, DRAWING))
 
         def finish():
-            own = {"seed": generation.seed, **picture_values(generation.drawings[0].codes())}
+            own = {"seed": generation.seed, **codes_values(generation.drawings[0].codes())}
             return {**own, "png": png(generation.image(0), generation.metadata(0))} if images else own
 
         return generation.drawings[0], finish
@@ -200,8 +218,8 @@ class Encode:
 
     Args:
         model: Emu3VisionVQModel.
-        read: a function of a Row and of its values, to which it may add, that returns pixels, float32 [3, H, W];
-            InputError for a bad row.
+        read: a function of a Row and of its values, to which it may add, that returns pixels, float32 [3, H, W], or of
+            a video an iterator as Emu3Pipeline.video_clips; InputError for a bad row.
         batch_size: images that are encoded together.
         threads: that read beside.
     """
@@ -235,7 +253,9 @@ class Encode:
         if not self.reading:
             return self._encode(next(iter(self.groups)))
         number, values, pixels = one = self.reading.popleft().result()
-        if pixels is None:
+        if not isinstance(pixels, np.ndarray):
+            if pixels is not None:
+                values.update(self._encode_video(pixels))
             return [(number, values)]
         group = self.groups.setdefault(pixels.shape, [])
         group.append(one)
@@ -245,15 +265,24 @@ class Encode:
         return self._encode(first) if number - self.groups[first][0][0] >= WAITING * self.batch_size else []
 
     def _encode(self, shape):
+        group = self.groups.pop(shape)
+        codes = self._codes(np.stack([pixels for *_, pixels in group]))
+        return [
+            (number, {**values, **codes_values(own)}) for (number, values, _), own in zip(group, codes, strict=True)
+        ]
+
+    def _encode_video(self, clips):
+        """Clip by clip, so that memory does not grow with its length."""
+        try:
+            return codes_values(np.concatenate([self._codes(pixels)[0].astype(np.int32) for pixels, _ in clips]))
+        except InputError as error:
+            return {"error": printable(str(error))}
+
+    def _codes(self, pixels):
         import paddle
 
-        group = self.groups.pop(shape)
         with paddle.no_grad():
-            codes = self.model.encode(paddle.to_tensor(np.stack([pixels for *_, pixels in group]))).numpy()
-        return [
-            (number, {**values, **picture_values(own)})
-            for (number, values, _), own in zip(group, codes, strict=True)
-        ]
+            return self.model.encode(paddle.to_tensor(pixels)).numpy()
 
 
 def make_processor(vq_model_path, image_area):
@@ -277,11 +306,13 @@ def pixels_of(image, processor, image_area):
 
 
 def encode(pipeline, image_area=None, batch_size=1, threads=1):
-    """The worker that encodes each row's `image`, as Emu3Pipeline.autoencode does, or scaled to about `image_area`
-    pixels as `emu3 prepare` does. The other arguments are of Encode."""
+    """The worker that encodes each row's `image`, or `video`, a file, as Emu3Pipeline.autoencode does; where
+    `image_area` is given, images are scaled as `emu3 prepare` does. The other arguments are of Encode."""
     processor = pipeline.image_processor if image_area is None else make_processor(pipeline.vq_model_path, image_area)
 
     def read(row, values):
+        if row.values.get("video") is not None:
+            return pipeline.video_clips(read_frames(row.folder / text_of("video", row.values["video"])))
         image = image_of(row, row.values.get("image"))
         return processor(image)["pixel_values"][0] if image_area is None else pixels_of(image, processor, image_area)
 
