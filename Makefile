@@ -55,7 +55,7 @@ help:
 	@echo "            others, BENCH=--help lists them"
 	@echo "make clean  remove all of that"
 	@echo
-	@echo "EXTRAS=\"[ray,video]\"  install what is optional as well (setup.py)"
+	@echo "EXTRAS=\"[ray,video]\"  when .venv is made: what is optional (setup.py)"
 	@echo "PYTHON=...  the Python to use: 3.10, 3.11 or 3.12"
 	@echo "PADDLE=...  the Paddle to install; on a GPU machine, once:"
 	@echo '    make venv PADDLE="paddlepaddle-gpu==3.3.1 -i https://www.paddlepaddle.org.cn/packages/stable/cu126/"'

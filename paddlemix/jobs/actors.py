@@ -86,7 +86,7 @@ class Actor:
             if not worker or (worker.has_room and rows and not is_last):
                 break  # for more rows, so that those of a kind come together
             finished += worker.step()
-        return finished, ROWS_BESIDE + worker.has_room - len(self.rows)
+        return finished, max(0, ROWS_BESIDE + worker.has_room - len(self.rows))
 
 
 class Actors:

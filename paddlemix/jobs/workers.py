@@ -4,7 +4,8 @@
 A worker has `has_room`, takes a row by `add(number, row)`, works a little in `step()`, which returns (number, values)
 of the rows that are finished, in any order, and is true while it has a row. Values are a dict of columns. A row with
 which something is wrong is finished with an `error`. What becomes of a row depends on nothing but the row and the
-worker's own arguments; bit for bit on a CPU.
+worker's own arguments; bit for bit on a CPU. Whoever makes a worker for a job sets its `job`, a dict that says what
+these are.
 """
 
 import hashlib
