@@ -22,6 +22,9 @@ PEER_PYTHON ?= .venv-peer/bin/python
 LLAMA_NEEDS := benchmarks/peer/llama_requirements.txt
 LLAMA_PYTHON ?= .venv-llama/bin/python
 
+# EXTRAS="[ray,video]" installs what is optional as well, and what tests it is run then.
+EXTRAS ?=
+
 OUT := demo_output
 PICTURE := paddlemix/demo_images/emu3_demo.png
 SCENE := paddlemix/demo_images/emu3_scene.png
@@ -52,6 +55,7 @@ help:
 	@echo "            loading are the others, BENCH=--help lists them"
 	@echo "make clean  remove all of that"
 	@echo
+	@echo "EXTRAS=\"[ray,video]\"  when .venv is made: what is optional (setup.py)"
 	@echo "PYTHON=...  the Python to use: 3.10, 3.11 or 3.12"
 	@echo "PADDLE=...  the Paddle to install; on a GPU machine, once:"
 	@echo '    make venv PADDLE="paddlepaddle-gpu==3.3.1 -i https://www.paddlepaddle.org.cn/packages/stable/cu126/"'
@@ -77,7 +81,7 @@ endif
 	fi; \
 	echo "Making .venv with Python $$found and $(PADDLE): some minutes the first time"; \
 	"$$python" -m venv --clear .venv
-	@$(PIP) -r requirements.txt -r requirements-dev.txt -e .
+	@$(PIP) -r requirements.txt -r requirements-dev.txt -e ".$(EXTRAS)"
 	@$(PIP) $(PADDLE)
 	@$(if $(PADDLE_ASKED),echo '$(PADDLE_ASKED)' > $(PADDLE_FILE))
 	@touch $@

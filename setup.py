@@ -26,6 +26,9 @@ setup(
         ],  # fmt: skip
     },
     install_requires=install_requires,
-    extras_require={"ray": ["ray[serve]==2.60.0"]},  # emu3 serve --ray: 280 MB that few need
+    extras_require={
+        "ray": ["ray[serve]==2.60.0"],  # emu3 serve --ray, emu3 batch --ray: 280 MB that few need
+        "video": ["av==17.1.0"],  # --video_path clip.mp4: 100 MB
+    },
     entry_points={"console_scripts": ["emu3 = paddlemix.commands.__main__:main"]},
 )

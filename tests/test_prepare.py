@@ -23,11 +23,12 @@ from PIL import Image
 from pyarrow import parquet
 from safetensors.numpy import load_file, save_file
 
-from paddlemix.jobs import formats, inputs, order, outputs
+from paddlemix.jobs import formats, inputs, outputs
+from paddlemix.jobs.workers import Encode, in_order, make_processor, pixels_of, run
 from paddlemix.models.emu3 import Emu3VisionVQModel
 from paddlemix.models.emu3.hub import MINI_DIRECTORY
 from paddlemix.processors import Emu3VisionVQImageProcessor
-from paddlemix.training.prepare_data import make_processor, pixels_of, schema
+from paddlemix.training.prepare_data import schema
 
 ROOT = Path(__file__).resolve().parents[1]
 AREA = 32 * 32
@@ -392,15 +393,34 @@ def test_files_of_no_such_format(command, folder):
 
 
 def test_groups_and_their_order():
-    items = [random.Random(i).choice("aab") if i % 9 else None for i in range(200)]
-    numbered = list(enumerate(order.ahead(str.upper, (item or "" for item in items), 5, threads=3)))
-    assert [item for _, item in numbered] == [(item or "").upper() for item in items]
-    for size, most in ((1, 8), (4, 9), (50, 10)):
-        groups = list(order.groups(numbered, lambda one: one[1] or None, size, most))
-        assert all(len({item for _, item in group}) == 1 and len(group) <= size for group in groups)
-        taken = [item for group in groups for item in group]
-        assert all(taken.index(one) <= one[0] + most for one in taken)  # so that few wait to be written
-        assert list(order.in_order((number, (number, item)) for number, item in taken)) == numbered
+    """Images of one size are encoded together, none waits for long, and each row comes back once, in its place."""
+    sizes = [random.Random(i).choice([8, 8, 16]) if i % 9 else None for i in range(200)]  # None: a bad row
+
+    class Model:
+        def encode(self, pixels):
+            calls.append([int(number) for number in pixels.numpy()[:, 0, 0, 0]])
+            return pixels[:, 0, ::8, ::8]
+
+    def read(row, values):
+        if sizes[row] is None:
+            raise inputs.InputError("bad")
+        started.append(row)
+        return np.full([3, 8, sizes[row]], row, np.float32)
+
+    class Begun(int):
+        id = source = error = None
+
+    for size, threads in ((1, 1), (4, 3), (50, 2)):
+        calls, started = [], []
+        found = list(run(Encode(Model(), read, size, threads), enumerate(map(Begun, range(200)))))
+        assert all(len({sizes[row] for row in call}) == 1 and len(call) <= size for call in calls)
+        assert sorted(sum(calls, [])) == sorted(started) == [row for row in range(200) if sizes[row]]
+        places = {number: place for place, (number, _) in enumerate(found)}
+        assert all(place <= number + 9 * size for number, place in places.items())  # so that few wait to be written
+        whole = list(in_order(found))
+        assert [values["error"] for values in whole] == [None if one else "bad" for one in sizes]
+        assert all(values["codes"].tolist() == [row] * (sizes[row] // 8)
+                   for row, values in enumerate(whole) if sizes[row])  # fmt: skip
 
 
 @pytest.mark.parametrize("engine", [True, False])

@@ -16,6 +16,7 @@ VERBS = {
     "understand": "image question answering",
     "autoencode": "reconstruct an image, or a video's frames, from its tokens",
     "serve": "a service for many at once: OpenAI's endpoints, and a page",
+    "batch": "many rows of a file through any of the first three, killed and resumed at will",
     "prepare": "fine-tuning's data: images and texts to tokens, as Parquet",
     "train": "fine-tune a language model",
     "merge": "write a checkpoint again with a LoRA adapter merged in",

@@ -31,14 +31,14 @@ class _Parser(argparse.ArgumentParser):
     def print_help(self, file=None):
         print_result(self.format_help(), end="")  # argparse drops what it cannot print
 
-    def parse_args(self, args=None, namespace=None):
-        args, unknown = self.parse_known_args(args, namespace)
+    def parse_known_args(self, args=None, namespace=None):  # which a parser of subcommands calls for each
+        args, unknown = super().parse_known_args(args, namespace)
         if unknown:
             options = re.findall(r"--\w+", self.format_usage())
             near = get_close_matches(unknown[0].split("=")[0], options, 1)
             advice = f"did you mean {near[0]}?" if near else "--help lists what is accepted"
             raise InputError(f"unknown argument {reprlib.repr(unknown[0])}: {advice}")
-        return args
+        return args, unknown
 
     def error(self, message):
         message = message.removeprefix("argument ").replace("expected one argument", "a value is missing after it")
@@ -61,11 +61,23 @@ def _number(kind, text, accepted):
         raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not {accepted}") from None
 
 
-def bare_parser(description, prog=None):
+def bare_parser(description, prog=None, verbose=True):
     """The parser of a command. `prog` is None for a script, whose name Python knows."""
     parser = _Parser(prog=prog, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--verbose", action="store_true", help="show the notices of the libraries")
+    if verbose:
+        parser.add_argument("--verbose", action="store_true", help="show the notices of the libraries")
     return parser
+
+
+def add_tasks(parser, tasks):
+    """The parsers of a command's tasks, {name: (description, function that adds arguments)}: `args.task` then."""
+    kinds = parser.add_subparsers(
+        dest="task", required=True, metavar="TASK", parser_class=lambda prog, **words: make_parser(
+            words["description"], prog, writes_pictures=False
+        ),
+    )  # fmt: skip
+    for name, (description, add_arguments) in tasks.items():
+        add_arguments(kinds.add_parser(name, help=description, description=description))
 
 
 def make_parser(description, prog=None, writes_pictures=True):

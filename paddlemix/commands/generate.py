@@ -25,21 +25,7 @@ def parser(prog=None):
     parser.add_argument(
         "--ratio", nargs="+", help="width:height, one for all prompts or one each (default: of --width and --height)"
     )
-    own = "(default: the checkpoint's own, else {})"
-    size = "(default: what the checkpoint is made for, 720; of emu3-mini 64)"
-    parser.add_argument("--height", type=integer, help=f"with --width: how many pixels the picture has {size}")
-    parser.add_argument("--width", type=integer, help=f"with --height: how many pixels the picture has {size}")
-    parser.add_argument("--negative_prompt", help="what the picture must not be like (default: the original's)")
-    parser.add_argument("--guidance_scale", type=number, help=f"1 is no guidance, and half the work {own.format(3)}")
-    parser.add_argument(
-        "--top_k", type=integer, help=f"sample from so many likeliest tokens; 0 is all, 1 is greedy {own.format(2048)}"
-    )
-    parser.add_argument(
-        "--top_p", type=number, help=f"sample from likeliest tokens of this probability {own.format(1)}"
-    )
-    parser.add_argument(
-        "--temperature", type=number, help=f"below 1 is likelier, above 1 more varied {own.format(1)}"
-    )
+    add_drawing(parser)
     parser.add_argument("--seed", type=integer, help="the same seed gives the same picture (default: a new one)")
     parser.add_argument("--num_images", type=integer, default=1, help="pictures of each prompt, drawn together")
     parser.add_argument(
@@ -57,6 +43,25 @@ def parser(prog=None):
     add_dtype(parser)
     add_tensor_parallel(parser)
     return parser
+
+
+def add_drawing(parser):
+    """What decides a picture beside its prompt, ratio and seed."""
+    own = "(default: the checkpoint's own, else {})"
+    size = "(default: what the checkpoint is made for, 720; of emu3-mini 64)"
+    parser.add_argument("--height", type=integer, help=f"with --width: how many pixels the picture has {size}")
+    parser.add_argument("--width", type=integer, help=f"with --height: how many pixels the picture has {size}")
+    parser.add_argument("--negative_prompt", help="what the picture must not be like (default: the original's)")
+    parser.add_argument("--guidance_scale", type=number, help=f"1 is no guidance, and half the work {own.format(3)}")
+    parser.add_argument(
+        "--top_k", type=integer, help=f"sample from so many likeliest tokens; 0 is all, 1 is greedy {own.format(2048)}"
+    )
+    parser.add_argument(
+        "--top_p", type=number, help=f"sample from likeliest tokens of this probability {own.format(1)}"
+    )
+    parser.add_argument(
+        "--temperature", type=number, help=f"below 1 is likelier, above 1 more varied {own.format(1)}"
+    )
 
 
 def main(args):

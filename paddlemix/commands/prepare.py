@@ -37,9 +37,10 @@ def main(args):
 
     from paddlemix.jobs.inputs import open_sources, read_rows
     from paddlemix.jobs.outputs import Shards
+    from paddlemix.jobs.workers import in_order, make_processor, run
     from paddlemix.machine import available_cores
     from paddlemix.models.emu3 import Emu3VisionVQModel
-    from paddlemix.training.prepare_data import make_processor, prepare, schema
+    from paddlemix.training.prepare_data import prepare, schema
 
     for name in ("batch_size", "shard_rows"):
         if getattr(args, name) is not None:
@@ -64,11 +65,12 @@ def main(args):
             say(f"going on behind {before} of {total} rows")
         rows = read_rows(sources, before, shards.ids)
         with Stopwatch() as watch, progress_bar(total, " images", "encoding", before) as bar:
-            for row in prepare(rows, model, processor, args.image_area, batch_size, threads):
+            worker = prepare(model, processor, args.image_area, batch_size, threads)
+            for row in in_order(run(worker, enumerate(rows))):
                 shards.add(row)
                 bar.update()
         shards.finish()
-    summarize(args, shards)
+    summarize(args.output_path, shards, "prepared")
     done = shards.count - before
     write_stats(
         args, rows=done, rows_in_all=shards.count, errors=shards.failed, seconds=watch.seconds,
@@ -85,16 +87,16 @@ def fitting_batch(model, image_area, most=8):
     return most
 
 
-def summarize(args, shards):
+def summarize(folder, shards, what):
     good = shards.count - shards.failed
     for source, error in shards.errors:
         note(f"{source}: {error}")
     if shards.failed > len(shards.errors):
         note(f"and {shards.failed - len(shards.errors)} more: their column `error` says why")
     if not good:
-        raise InputError(f"none of the {shards.count} rows could be prepared; {args.output_path} has their errors")
+        raise InputError(f"none of the {shards.count} rows could be {what}; {folder} has their errors")
     without = f", and {shards.failed} rows with errors" if shards.failed else ""
-    say(f"wrote {good} rows{without} to {args.output_path}")
+    say(f"wrote {good} rows{without} to {folder}")
 
 
 @contextlib.contextmanager

@@ -1,3 +1,3 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Many rows: read from files as users have them, put through any function, written as Parquet so that a job that is
-killed goes on. No model is known here."""
+"""Many rows: read from files as users have them, put through a worker, written as Parquet so that a job that is killed
+goes on."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from paddlemix.utils import InputError, read_json, replacing, write_atomically
 
+from .pictures import KINDS
+
 JOB = "job.json"
 ROWS_A_GROUP = 32  # that are read together: training reads them in an order of its own
 KEEP_EVERY = 30  # seconds: what a kill can cost
@@ -26,6 +28,7 @@ class Shards:
         schema: pyarrow's; the names id, error and source are among its columns.
         rows_a_shard: of each file.
         job: a dict that JSON can hold, what the rows depend on. It is kept as job.json.
+        images: one of pictures.KINDS: how the `png` of rows that have one is written beside them.
 
     Then `count` is how many rows are there, `ids` their ids (a set), `failed` how many have an error, and `errors` of
     the first of these (source, error).
@@ -33,9 +36,10 @@ class Shards:
     InputError: the folder is another job's, or another process's now, or holds something else or damaged files.
     """
 
-    def __init__(self, folder, schema, rows_a_shard, job):
+    def __init__(self, folder, schema, rows_a_shard, job, images=None):
         self.folder, self.schema, self.rows_a_shard, self.job = Path(folder), schema, rows_a_shard, job
         self.rows, self.count, self.failed, self.ids, self.errors = [], 0, 0, set(), []
+        self.pictures = KINDS[images](self.folder) if images else None
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -92,14 +96,17 @@ class Shards:
             for row in table.filter(table["error"].is_valid()).to_pylist():
                 self._count_error(row)
         self.number = max(len(paths) - 1, 0)
-        self._next_file()
+        self._next_file(is_first=True)
 
     def _path(self):
         return self.folder / f"part-{self.number:05d}.parquet"
 
-    def _next_file(self):
-        if len(self.table) >= self.rows_a_shard:
+    def _next_file(self, is_first=False):
+        is_full = len(self.table) >= self.rows_a_shard
+        if is_full:
             self.number, self.table = self.number + 1, self.schema.empty_table()
+        if self.pictures and (is_full or is_first):
+            self.pictures.open(self.number, self.table["error"].null_count)
 
     def _count_error(self, row):
         self.failed += 1
@@ -107,7 +114,10 @@ class Shards:
             self.errors.append((row["source"], row["error"]))
 
     def add(self, row):
-        """A dict of the schema's columns."""
+        """A dict of the schema's columns, and perhaps `png`, bytes."""
+        if self.pictures and "png" in row:
+            self._written(self.pictures.add, row)
+            del row["png"]
         self.rows.append(row)
         self.count += 1
         if row["error"] is not None:
@@ -118,26 +128,35 @@ class Shards:
     def keep(self):
         """Write what is not in a file yet. InputError where it cannot be; what was written before is there."""
         import pyarrow
-        from pyarrow import parquet
 
         if not self.rows:
             return
         started = time.monotonic()
         table = pyarrow.concat_tables([self.table, pyarrow.Table.from_pylist(self.rows, self.schema)])
+        if self.pictures and len(table) >= self.rows_a_shard:
+            self.pictures.close()  # before the rows: whoever finds them finds it whole
+        self._written(self._write, table)
+        self.rows = []  # before the table: an interrupt between the two must not double rows
+        self.table = table
+        self._next_file()
+        now = time.monotonic()
+        self.next = now + max(KEEP_EVERY, 20 * (now - started))  # a twentieth of the time at most
+
+    def _write(self, table):
+        from pyarrow import parquet
+
+        with replacing(self._path()) as temporary:
+            parquet.write_table(table, temporary, compression="zstd", row_group_size=ROWS_A_GROUP)
+
+    def _written(self, write, what):
         try:
-            with replacing(self._path()) as temporary:
-                parquet.write_table(table, temporary, compression="zstd", row_group_size=ROWS_A_GROUP)
+            write(what)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else error
             raise InputError(
                 f"cannot write {self._path()}: {reason}. The {self.count - len(self.rows)} rows that were written are "
                 "whole, and the same command goes on behind them"
             ) from None
-        self.rows = []  # before the table: an interrupt between the two must not double rows
-        self.table = table
-        self._next_file()
-        now = time.monotonic()
-        self.next = now + max(KEEP_EVERY, 20 * (now - started))  # a twentieth of the time at most
 
     def finish(self):
         """All rows are there: job.json has their number then."""
@@ -148,6 +167,8 @@ class Shards:
         try:
             self.keep()
         finally:
+            if self.pictures:
+                self.pictures.close()
             self.lock.close()
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
+from itertools import islice
 from math import gcd, isqrt
 
 from paddlemix import machine
@@ -326,7 +327,8 @@ class Emu3Pipeline:
 
         Args:
             image: a PIL picture or a list of them, each by itself.
-            video: in its place the frames of a video, PIL pictures of one size, a multiple of 4 in number.
+            video: in its place the frames of a video, PIL pictures of one size, a multiple of 4 in number; or an
+                iterator over any number of them, such as processors.video.read_frames(path), of which 4 are in memory.
 
         Returns:
             a PIL picture for one, else a list of them.
@@ -339,18 +341,23 @@ class Emu3Pipeline:
         if (image is None) == (video is None):
             raise InputError("give image or video, one of the two")
         if video is not None:
-            clips = self._clips(video)
+            clips = self.video_clips(video)
         else:
             images = list(image) if isinstance(image, (list, tuple)) else [image]
-            clips = (self.image_processor(one)["pixel_values"] for one in images)
-        return (step for pixels in clips for step in self._reconstruct(pixels))
+            clips = ((self.image_processor(one)["pixel_values"], 1) for one in images)
+        return (step for pixels, count in clips for step in self._reconstruct(pixels, count))
 
-    def _clips(self, frames):
-        """Frames -> arrays [1, T, 3, H, W], each coded by itself as in the original."""
+    def video_clips(self, frames):
+        """An iterator over (pixels float32 [1, T, 3, H, W], how many frames they are) of the clips of a video, each
+        coded by itself as in the original. `frames`: as `video` of `autoencode`. The last clip of an iterator is filled
+        with its last frame. InputError for a list at once, for an iterator when its turn comes.
+        """
+        factor = Emu3VisionVQConfig.from_pretrained(self.vq_model_path).temporal_downsample_factor
+        if not isinstance(frames, (list, tuple)):
+            return self._clips(frames, factor)
         sizes = sorted({f"{frame.width}x{frame.height}" for frame in frames})
         if len(sizes) > 1:
             raise InputError(f"the video has frames of different sizes, {', '.join(sizes[:4])}: give one size")
-        factor = Emu3VisionVQConfig.from_pretrained(self.vq_model_path).temporal_downsample_factor
         if not frames:
             raise InputError(f"the video has no frames: give a multiple of {factor}")
         if len(frames) % factor:
@@ -358,11 +365,23 @@ class Emu3Pipeline:
                 f"the video has {len(frames)} frames and the model takes multiples of {factor}: "
                 f"remove {len(frames) % factor} or add {-len(frames) % factor}"
             )
-        pixels = self.image_processor(list(frames))["pixel_values"]
-        return pixels.reshape(-1, 1, factor, *pixels.shape[1:])
+        self.image_processor.resized(frames[0].height, frames[0].width)
+        return self._clips(iter(frames), factor)
 
-    def _reconstruct(self, pixels):
-        """Pixels [1, 3, H, W] or [1, T, 3, H, W] -> Reconstructions"""
+    def _clips(self, frames, factor):
+        size = None
+        while clip := list(islice(frames, factor)):
+            size = size or clip[0].size
+            if other := next((frame.size for frame in clip if frame.size != size), None):
+                sizes = f"{size[0]}x{size[1]}, {other[0]}x{other[1]}"
+                raise InputError(f"the video has frames of different sizes, {sizes}: give one size")
+            filled = clip + [clip[-1]] * (factor - len(clip))
+            yield self.image_processor(filled)["pixel_values"][None], len(clip)
+        if size is None:
+            raise InputError("the video has no frames")
+
+    def _reconstruct(self, pixels, count):
+        """Pixels [1, 3, H, W] or [1, T, 3, H, W] -> Reconstructions of the first `count`"""
         import paddle
 
         with paddle.no_grad():
@@ -374,8 +393,8 @@ class Emu3Pipeline:
         originals, images = (
             self.image_processor.postprocess(x.reshape(-1, *x.shape[-3:]))["pixel_values"] for x in (pixels, decoded)
         )
-        for original, image in zip(originals, images, strict=True):
-            yield Reconstruction(original, image, codes[0], *(s / len(images) for s in seconds))
+        for original, image in zip(originals[:count], images, strict=False):
+            yield Reconstruction(original, image, codes[0], *(s / count for s in seconds))
 
 
 def check_values(guidance_scale=1, **sampling):

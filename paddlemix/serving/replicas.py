@@ -1,13 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The service in several processes, on one machine or more, behind one address: Ray Serve spreads the requests."""
 
-import logging
-import os
-import re
-import socket
-
-from paddlemix.machine import available_cores
-from paddlemix.utils import InputError, shown
+from paddlemix.jobs.actors import connect
+from paddlemix.utils import InputError
 
 STARTED_S = 1800  # for the models to be loaded
 
@@ -31,24 +26,9 @@ class Replicas:
         self.host, self.port, self.address = host, port, address
 
     def __enter__(self):
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        try:
-            import ray
-            from ray import serve
-        except ModuleNotFoundError:
-            raise InputError('--ray needs Ray: pip install "ray[serve]==2.60.0"') from None
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if not _answers(self.address):  # Ray itself would try for minutes
-            raise InputError(f"no Ray cluster answers at {shown(self.address)}: give its head's address, HOST:PORT")
-        try:
-            if self.address:
-                ray.init(self.address, **quiet)
-            else:
-                ray.init(num_cpus=max(2, available_cores()), include_dashboard=False, **quiet)
-        except ConnectionError:
-            raise InputError("no Ray cluster runs here: start one (ray start --head), or give --ray alone") from None
-        except (ValueError, RuntimeError) as error:
-            raise InputError(f"Ray does not start or answer: {' '.join(str(error).split())[:300]}") from None
+        ray = connect(self.address)
+        from ray import serve
+
         try:
             self._run(ray, serve)
         except BaseException:
@@ -93,15 +73,3 @@ class Replicas:
             if not self.address:
                 serve.shutdown()
             ray.shutdown()
-
-
-def _answers(address):
-    """Whether somebody listens at HOST:PORT; of other forms of an address Ray knows by itself."""
-    match = re.fullmatch(r"(?:ray://)?([^/:]+):(\d{1,5})", address)
-    if not match:
-        return True
-    try:
-        socket.create_connection((match[1], int(match[2])), timeout=5).close()
-        return True
-    except (OSError, OverflowError):
-        return False

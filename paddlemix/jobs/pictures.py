@@ -1,0 +1,80 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The pictures of a job's rows, beside its Parquet files. `Shards` calls them: a picture is written before its row, so
+that a kill between the two only makes it again, with the same bytes."""
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+
+from paddlemix.utils import InputError, write_atomically
+
+
+def file_name(name, plain=False):
+    """An id as the name of a file, another for each id; `plain` without dots. Most ids stay as they are."""
+    special = r"[/%\x00-\x1f.]" if plain else r"[/%\x00-\x1f]|^\."
+    safe = re.sub(special, lambda found: f"%{ord(found[0]):02X}", name)
+    return safe if len(safe.encode()) <= 200 else hashlib.sha256(name.encode()).hexdigest()
+
+
+class Folder:
+    """images/ID.png of each row."""
+
+    def __init__(self, folder):
+        self.folder = folder / "images"
+
+    def open(self, number, count):
+        self.folder.mkdir(exist_ok=True)
+        for path in self.folder.glob(".*.png"):  # what a kill has left
+            path.unlink()
+
+    def add(self, row):
+        write_atomically(self.folder / f"{file_name(row['id'])}.png", row["png"])
+
+    def close(self):
+        pass
+
+
+class Tars:
+    """WebDataset: part-00000.tar beside part-00000.parquet, with ID.png and ID.json of each row that has a picture."""
+
+    def __init__(self, folder):
+        self.folder, self.tar = folder, None
+
+    def open(self, number, count):
+        """Go on behind `count` pictures of a part. InputError: its tar has fewer."""
+        self.close()
+        path, end = self.folder / f"part-{number:05d}.tar", 0
+        if count:
+            try:
+                with tarfile.open(path, "r:") as tar:
+                    for _ in range(2 * count):
+                        member = tar.next()
+                        end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            except (tarfile.TarError, OSError, AttributeError):  # tar.next() is None at its end
+                raise InputError(f"{path} is damaged, or has fewer pictures than its Parquet file has rows: remove "
+                                 "both and all parts after them, and they are made again") from None  # fmt: skip
+        self.file = path.open("r+b" if count else "wb")
+        self.file.truncate(end)
+        self.file.seek(end)
+        self.tar = tarfile.open(fileobj=self.file, mode="w")  # noqa: SIM115
+
+    def add(self, row):
+        name = file_name(row["id"], plain=True)
+        values = {name: row[name] for name in ("id", "height", "width", "seed") if row.get(name) is not None}
+        for ending, data in (("png", row["png"]), ("json", json.dumps(values).encode())):
+            member = tarfile.TarInfo(f"{name}.{ending}")
+            member.size = len(data)
+            self.tar.addfile(member, io.BytesIO(data))
+        self.tar.members.clear()  # else each of millions stays in memory
+        self.file.flush()
+
+    def close(self):
+        if self.tar:
+            self.tar.close()
+            self.file.close()
+            self.tar = None
+
+
+KINDS = {"png": Folder, "webdataset": Tars}
