@@ -242,7 +242,7 @@ def start(*line, **environment):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
-def wait_for(process, pattern, count, seconds=120):
+def wait_for(process, pattern, count, seconds=300):
     end = time.monotonic() + seconds
     while process.poll() is None and len(list(Path("out").glob(pattern))) < count and time.monotonic() < end:
         time.sleep(0.01)

@@ -12,6 +12,7 @@ from itertools import islice
 from paddlemix.machine import available_cores
 from paddlemix.utils import InputError, shown
 
+NEEDED = '--ray needs Ray: pip install "ray[serve]==2.60.0"'
 TURN_S = 1.0  # that an actor works before it gives what is finished
 ROWS_BESIDE = 8  # that an actor has beside those that its worker has taken
 MOST_AHEAD = 4096  # rows that are finished and wait for one before them to be written
@@ -29,7 +30,7 @@ def connect(address=""):
     try:
         import ray
     except ModuleNotFoundError:
-        raise InputError('--ray needs Ray: pip install "ray[serve]==2.60.0"') from None
+        raise InputError(NEEDED) from None
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not _answers(address):  # Ray itself would try for minutes
         raise InputError(f"no Ray cluster answers at {shown(address)}: give its head's address, HOST:PORT")

@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The service in several processes, on one machine or more, behind one address: Ray Serve spreads the requests."""
 
-from paddlemix.jobs.actors import connect
+from paddlemix.jobs.actors import NEEDED, connect
 from paddlemix.utils import InputError
 
 STARTED_S = 1800  # for the models to be loaded
@@ -27,8 +27,10 @@ class Replicas:
 
     def __enter__(self):
         ray = connect(self.address)
-        from ray import serve
-
+        try:
+            from ray import serve
+        except ModuleNotFoundError:  # Ray alone
+            raise InputError(NEEDED) from None
         try:
             self._run(ray, serve)
         except BaseException:
