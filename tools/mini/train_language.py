@@ -22,16 +22,17 @@ from torch_vision import VisionTokenizer
 from tqdm import tqdm
 from train_vision import autocast, to_tensor
 from transformers import Emu3ForCausalLM, Emu3TextConfig
-from vocabulary import CHAT, NEGATIVE_PROMPT, POSITIVE_PROMPT, write
+from vocabulary import write
 from world import BOX, CANVASES, SHAPES, caption, questions, random_scene, render
 
 from paddlemix.models.emu3.image_grammar import ImageGrammar
+from paddlemix.processors.prompts import NEGATIVE_PROMPT, POSITIVE_PROMPT, Prompts
+from paddlemix.training.datasets import IGNORED, Example, Row, collate, make_row
 
 POSITIONS = 1024
 SHARES = (0.25, 0.5, 0.25)  # of a batch, scenes of one, two and three objects: more are harder
 KINDS = {"colour": 4, "shape": 3, "relation": 3, "describe": 2, "count": 1, "background": 1}  # of questions: how often
 TURNS = 4  # questions about one scene: an answer is a token or two, the scene hundreds
-IGNORED = -100
 
 
 def text_config(tokenizer, args):
@@ -94,20 +95,15 @@ def by_number(scenes):
     return [[s for s in scenes if len(s[0].things) == number] for number in (1, 2, 3)]
 
 
-def drawing_row(rng, scene, codes, tokenizer, grammar):
-    """Ids and labels of a drawing. One in ten has no caption: nothing, or what guidance leads away from."""
+def drawing_row(rng, scene, codes, prompts):
+    """A Row of a drawing. One in ten has no caption: nothing, or what guidance leads away from."""
     text = caption(scene, rng.random() < 0.35, rng)
     chance = rng.random()
     if chance < 0.1:
         text = NEGATIVE_PROMPT if chance < 0.05 else ""
     elif chance < 0.85:
         text += POSITIVE_PROMPT
-    prompt = [tokenizer.bos_token_id, *tokenizer.encode(text, allow_special=False)]
-    picture = [*grammar.encode(codes), grammar.eos]
-    ids = prompt + picture
-    visual = range(grammar.first_visual, grammar.first_visual + grammar.codebook_size)
-    start = len(prompt) + len(grammar.head(*codes.shape))
-    return ids, [IGNORED] * start + [i if i in visual else IGNORED for i in ids[start:]]
+    return Row("", *make_row(prompts, Example("", text, codes, ())))
 
 
 def shapes_seen(scene, shape):
@@ -120,28 +116,22 @@ def shapes_seen(scene, shape):
     ]
 
 
-def answering_row(rng, scene, codes, tokenizer, grammar):
-    """Ids and labels of up to TURNS questions and their answers; a description, which tells the rest, stands alone."""
-    asked = questions(scene, rng.random() < 0.35)
-    ids = [tokenizer.bos_token_id, *tokenizer.encode(CHAT[0]), *grammar.encode(codes)]
-    labels = [IGNORED] * len(ids)
-    for turn in range(TURNS):
+def answering_row(rng, scene, codes, prompts):
+    """A Row of up to TURNS questions and their answers; a description, which tells the rest, stands alone."""
+    asked, turns = questions(scene, rng.random() < 0.35), []
+    while len(turns) < TURNS:
         kinds = sorted({kind for kind, _, _ in asked})
         weights = np.array([KINDS[kind] for kind in kinds])
         kind = rng.choice(kinds, p=weights / weights.sum())
-        some = [(question, answer) for k, question, answer in asked if k == kind]
-        question, answer = some[rng.integers(len(some))]
-        prompt = tokenizer.encode((" USER: " if turn else "") + question + CHAT[1], allow_special=False)
-        answer = [*tokenizer.encode(answer), tokenizer.eos_token_id]
-        ids += prompt + answer
-        labels += [IGNORED] * len(prompt) + answer
-        asked = [a for a in asked if a[0] != "describe" and a[1] != question]
+        some = [turn for k, *turn in asked if k == kind]
+        turns.append(some[rng.integers(len(some))])
+        asked = [a for a in asked if a[0] != "describe" and a[1] != turns[-1][0]]
         if kind == "describe":
             break
-    return ids, labels
+    return Row("", *make_row(prompts, Example("", "", codes, tuple(turns))))
 
 
-def batch(rng, scenes, tokenizer, grammar, drawings, answers):
+def batch(rng, scenes, prompts, drawings, answers):
     """Ids and labels, int64 [drawings + answers, length], padded on the right, and the shapes at the answers' codes.
 
     scenes: of one, two, three objects.
@@ -151,15 +141,11 @@ def batch(rng, scenes, tokenizer, grammar, drawings, answers):
         some = scenes[rng.choice(3, p=SHARES)]
         scene, codes, settled_codes = some[rng.integers(len(some))]
         if i < drawings:
-            rows.append(drawing_row(rng, scene, settled_codes, tokenizer, grammar))
+            rows.append(drawing_row(rng, scene, settled_codes, prompts))
         else:
-            rows.append(answering_row(rng, scene, codes, tokenizer, grammar))
+            rows.append(answering_row(rng, scene, codes, prompts))
             seen += shapes_seen(scene, codes.shape)
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.full([len(rows), width], grammar.pad)
-    labels = torch.full([len(rows), width], IGNORED)
-    for i, (row, row_labels) in enumerate(rows):
-        ids[i, : len(row)], labels[i, : len(row)] = torch.tensor(row), torch.tensor(row_labels)
+    ids, labels = map(torch.from_numpy, collate(rows, prompts.grammar.pad))
     return ids, labels, torch.tensor(seen)
 
 
@@ -187,7 +173,7 @@ def make_optimizers(model, probe):
 
 
 def prepare(args):
-    """(tokenizer, grammar, scenes to train on, held-out ones, what they are of), the scenes as `settled` gives them"""
+    """(Prompts, scenes to train on, held-out ones, what they are of), the scenes as `settled` gives them"""
     vision, trained = VisionTokenizer().eval(), need(args.vision or f"{args.out}/vision.pt")["model"]
     vision.load_state_dict(trained)
     of = {"encoder": encoder_of(trained), "scenes": args.scenes, "seed": args.seed}
@@ -201,14 +187,14 @@ def prepare(args):
             "held": coded_scenes(vision, 200, 1, held=True),
         }
         save(f"{args.out}/codes.pt", **cache)
-    return tokenizer, grammar, *settled(cache["train"], cache["held"]), of
+    return Prompts(tokenizer, grammar), *settled(cache["train"], cache["held"]), of
 
 
 def train(args):
     torch.manual_seed(args.seed)
-    tokenizer, grammar, scenes, held, of = prepare(args)
+    prompts, scenes, held, of = prepare(args)
     of.update(hidden=args.hidden, layers=args.layers)
-    model = Emu3ForCausalLM(text_config(tokenizer, args))
+    model = Emu3ForCausalLM(text_config(prompts.tokenizer, args))
     probe = torch.nn.Sequential(torch.nn.RMSNorm(args.hidden), torch.nn.Linear(args.hidden, len(SHAPES) + 1))
     optimizers = make_optimizers(model, probe)
     state = resume(f"{args.out}/language.pt", of, model, optimizers)
@@ -216,17 +202,17 @@ def train(args):
     if "probe" in state:
         probe.load_state_dict(state["probe"])
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {sum(map(len, scenes))} scenes")
-    test = batch(np.random.default_rng(2), held, tokenizer, grammar, 32, 32)
+    test = batch(np.random.default_rng(2), held, prompts, 32, 32)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=5)
     for step in bar:
         rng = np.random.default_rng([args.seed, step])
-        rows = batch(rng, scenes, tokenizer, grammar, args.drawings, args.answers)
-        drawing, answering, shapes = losses(model, probe, grammar, *rows, args.drawings)
+        rows = batch(rng, scenes, prompts, args.drawings, args.answers)
+        drawing, answering, shapes = losses(model, probe, prompts.grammar, *rows, args.drawings)
         rate = learning_rate(step, args.steps, args.lr, warmup=100)
         descend(optimizers, model.parameters(), drawing + answering + shapes, rate)
         if step % 100 == 99 or step == args.steps - 1:
             with torch.no_grad():
-                new = losses(model, probe, grammar, *test, 32)
+                new = losses(model, probe, prompts.grammar, *test, 32)
             bar.write(
                 f"step {step + 1}: drawing {float(drawing):.3f}, answering {float(answering):.3f}, shapes "
                 f"{float(shapes):.3f}; held out {float(new[0]):.3f}, {float(new[1]):.3f}, {float(new[2]):.3f}"

@@ -19,14 +19,9 @@ import regex
 from world import CHINESE, caption, questions, random_scene
 
 from paddlemix.models.emu3.tokenization_emu3 import PIECES, Emu3Tokenizer
+from paddlemix.processors.prompts import CHAT_TEMPLATE, NEGATIVE_PROMPT, POSITIVE_PROMPT
 
-# as in emu3_processing.py, whose import takes Paddle
-POSITIVE_PROMPT = " masterpiece, film grained, best quality."
-NEGATIVE_PROMPT = (
-    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
-    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
-)
-CHAT = "You are a helpful assistant. USER: ", ". ASSISTANT:"
+CHAT = CHAT_TEMPLATE.split("{image_prompt}{text_prompt}")  # before and after a question
 CHINESE_WORDS = (
     "请描述这张图片", "图片里有什么", "有几个物体", "物体", "背景", "背景是什么颜色", "是什么颜色", "是什么形状", "的",
     "是什么", "在", "和", "，", "。", "？", "、", "大的", "小的", "中间", "图片",
