@@ -254,13 +254,13 @@ def test_killed_and_gone_on(command, folder, images):
     write_lines("rows.jsonl", [*prompts(13), {"id": "bad"}, *prompts(30)[14:]])
     options = {"shard_rows": 4, "images": images}
     line, counts = batch("generate", "rows.jsonl", **options), []
-    for pattern, count in (("job.json", 1), ("part-*.parquet", 2), ("images/*" if images == "png" else "*.tar", 5)):
+    for pattern, count in (("part-*.parquet", 2), ("images/*" if images == "png" else "*.tar", 5)):
         process = start(*line)
         wait_for(process, pattern, count)
         process.kill()
         process.communicate()
         counts.append(len(rows_in()))
-    assert counts == sorted(counts) and counts[1] >= 8 and counts[-1] < 30
+    assert 8 <= counts[0] <= counts[1] < 30
     assert command(*line)[0] == 0
     assert command(*batch("generate", "rows.jsonl", output="whole", **options))[0] == 0
     assert [row["source"] for row in rows_in()] == [f"rows.jsonl:{i + 1}" for i in range(30)]

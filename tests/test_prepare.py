@@ -456,7 +456,7 @@ def test_killed_and_gone_on(command, folder):
     write_lines("rows.jsonl", [{"id": "row 3"}, *captions(90)])
     line = arguments("rows.jsonl", shard_rows=4, batch_size=2)
     counts = []
-    for pattern, count in (("job.json", 1), ("part-*", 3), (".part-*", 1)):
+    for pattern, count in (("part-*", 3), (".part-*", 1)):
         process = start(*line)
         wait_for(process, pattern, count)
         process.kill()
@@ -464,7 +464,7 @@ def test_killed_and_gone_on(command, folder):
         rows = rows_in()
         counts.append(len(rows))
         assert [row["source"] for row in rows] == [f"rows.jsonl:{i + 1}" for i in range(len(rows))]
-    assert counts == sorted(counts) and counts[1] >= 12 and counts[-1] < 91
+    assert 12 <= counts[0] <= counts[1] < 91
     code, out, _ = command(*line)
     assert code == 0 and out.startswith(f"going on behind {counts[-1]} of 91 rows\n")
     assert command(*arguments("rows.jsonl", output="whole"))[0] == 0

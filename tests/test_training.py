@@ -101,8 +101,7 @@ def test_rows_and_labels_are_the_originals(pytorch, golden_rows):
         assert labels == wanted_labels[:length].tolist() and set(wanted_labels[length:].tolist()) <= {-100}
 
 
-@pytest.mark.parametrize("name", ["unclipped", "clipped"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("name", "recompute"), [("unclipped", False), ("clipped", True)])
 def test_steps_give_the_numbers_of_pytorch(pytorch, name, recompute, monkeypatch):
     about, arrays = pytorch
     how, kept = about["settings"], {key[8:]: value for key, value in arrays.items() if key.startswith("float64.")}

@@ -33,28 +33,35 @@ def save_checkpoint(folder, step, job, write_model, optimizer, ranks, limit):
         the checkpoint's path
     """
     path, beside = Path(folder) / f"checkpoint-{step}", Path(folder) / f".checkpoint-{step}.part"
-    if ranks.rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed while it wrote
-        beside.mkdir()
-    ranks.wait()
-    try:
+    is_first = ranks.rank == 0
+
+    def begin():
+        if is_first:
+            shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed while it wrote
+            beside.mkdir()
+
+    def write():
         if not beside.is_dir():
             raise InputError(f"process {ranks.rank} does not see {folder}: --output_dir must be one folder for all")
         optimizer.save(beside / OPTIMIZER.format(ranks.rank + 1, ranks.count))
-        if ranks.rank == 0:
+        if is_first:
             write_model(beside)
             write_atomically(beside / STATE, json.dumps({"step": step, "job": job}, indent=2) + "\n")
-        ranks.wait()
-        if ranks.rank == 0:
+
+    def end():
+        if is_first:
             shutil.rmtree(path, ignore_errors=True)
             beside.rename(path)
             for old in all_checkpoints(folder)[:-limit] if limit else []:
                 shutil.rmtree(old)
+
+    try:
+        for work in (begin, write, end):  # each when all have done the one before
+            ranks.together(work)
     except BaseException:
-        if ranks.rank == 0:
+        if is_first:
             shutil.rmtree(beside, ignore_errors=True)
         raise
-    ranks.wait()
     return path
 
 

@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 from paddlemix.machine import half_dtype, peak_memory, require_memory
@@ -119,8 +120,8 @@ def train(settings, stop, progress=False):
             model.eval()
             if len(rows.held_out):
                 yield event(done, eval_loss=evaluate(rows.of_evaluation(), loss_of, at_once, ranks))
-            if settings.sample_prompt and ranks.rank == 0:
-                yield event(done, samples=draw_samples(settings, model, done, stop))
+            if settings.sample_prompt:
+                yield event(done, samples=ranks.together(partial(draw_samples, settings, model, done, stop, ranks)))
         if done % settings.save_steps == 0 or is_last:
             saved = done
             yield save(done)
@@ -136,20 +137,26 @@ def evaluate(rows, loss_of, at_once, ranks):
     import paddle
 
     own = rows[ranks.rank :: ranks.count]
-    with paddle.no_grad():
-        losses = [float(loss_of(own[first : first + at_once])) for first in range(0, len(own), at_once)]
-    loss, labels = ranks.sum_numbers(sum(losses), sum(row.num_labels for row in own))
+
+    @paddle.no_grad()
+    def loss_of_own():
+        return sum(float(loss_of(own[first : first + at_once])) for first in range(0, len(own), at_once))
+
+    loss, labels = ranks.sum_numbers(ranks.together(loss_of_own), sum(row.num_labels for row in own))
     return loss / labels
 
 
-def draw_samples(settings, model, step, stop):
-    """Draw the sample prompts with the model as it is. Returns the paths of the pictures; none where it is stopped."""
+def draw_samples(settings, model, step, stop, ranks):
+    """Draw the sample prompts with the model as it is, in the first process. Returns the paths of the pictures; none
+    where it is stopped."""
     from paddlemix.pipelines import Emu3Pipeline
     from paddlemix.results import save_picture
 
     emu3, folder = Emu3Pipeline(settings.model_path, settings.vq_model_path), Path(settings.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
     emu3.model, paths = model, []
+    if ranks.rank:
+        return paths
     drawing = emu3.generate_steps(list(settings.sample_prompt), seed=settings.seed)
     if any(stop.is_set() for _ in drawing):
         return paths

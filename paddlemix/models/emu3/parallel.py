@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import socket
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Listener
 
@@ -64,9 +65,29 @@ class Ranks:
             self._call(paddle.distributed.all_gather_object, values, value)
         return values
 
-    def wait(self):
-        """Until all are here."""
-        self.sum_numbers(0.0)
+    def together(self, work):
+        """work() of every process, however long it takes in each: gloo waits for none longer than 30 seconds, so that
+        they tell each other meanwhile that they are there. Returns when all are done.
+
+        What one raises ends all: it raises it, the others RankLost.
+        """
+        if self.count == 1:
+            return work()
+        device, done, failed = paddle.get_device(), 0, 0
+
+        def on_device():
+            paddle.set_device(device)  # a card is chosen for each thread
+            return work()
+
+        with ThreadPoolExecutor(1, "emu3-together") as thread:
+            working = thread.submit(on_device)
+            while done < self.count:
+                wait([working], timeout=0.2)
+                fault = working.exception() if working.done() else None
+                done, failed = self.sum_numbers(float(working.done()), float(fault is not None))
+        if failed and not fault:
+            raise RankLost(f"another of the {self.count} processes has failed: see what it printed{self.advice}")
+        return working.result()
 
 
 class TensorParallel(Ranks):
