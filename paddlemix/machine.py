@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """What the machine has, of the CPU and of a card: cores, free memory, what was used of it; and a quiet start on it."""
 
+import contextlib
 import logging
 import os
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from paddlemix.paddle_private import free_card_memory, set_num_threads, use_full_float32
 from paddlemix.utils import InputError
+
+MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # glibc's name of mallopt's option; bytes
 
 
 class NotEnoughMemory(InputError):
@@ -124,6 +127,15 @@ def release_memory():
 
     if paddle.get_device() != "cpu":
         paddle.device.cuda.empty_cache()
+
+
+def return_freed_memory():
+    """Let malloc give large blocks back to the system as soon as they are freed. Else what a layer frees in training
+    leaves holes between what is kept, which the next layer does not fit into: several GB for large models (glibc)."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def with_memory_released(function, *arguments):

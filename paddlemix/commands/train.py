@@ -12,6 +12,7 @@ import sys
 import threading
 from dataclasses import fields
 
+from paddlemix.machine import return_freed_memory
 from paddlemix.training.settings import Settings
 
 from .console import DEVICE_HELP, bare_parser, integer, note, number, progress_bar, say, to_stderr
@@ -46,6 +47,7 @@ def _flag(text):
 def main(args):
     from paddlemix.training.train import train
 
+    return_freed_memory()
     given = {one.name: getattr(args, one.name) for one in fields(Settings)}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     stop, ended_by, bar = threading.Event(), [], None
