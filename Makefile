@@ -124,9 +124,10 @@ lint: venv
 	$(RUN) -m ruff check .
 
 test: lint ops
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not long"
 
 fuzz: ops
+	$(RUN) -m pytest -m long
 	$(RUN) tools/fuzz.py --seconds $(FUZZ_SECONDS)
 	$(RUN) tools/kill_drawings.py --kills $(KILLS)
 

@@ -248,6 +248,7 @@ def wait_for(process, pattern, count, seconds=300):
         time.sleep(0.01)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("images", ["png", "webdataset"])
 def test_killed_and_gone_on(command, folder, images):
     """At moments of every kind; the files are those of a run that nobody killed, to the last byte."""
@@ -310,6 +311,7 @@ def actors(process):
     return [child for child in children if child.name().startswith("ray::Actor")]
 
 
+@pytest.mark.long
 @needs_ray
 def test_workers_that_are_killed(command, folder):
     """First both workers, then the job; it goes on without Ray, and the rows are those of a run that nobody killed."""
@@ -335,6 +337,7 @@ def test_workers_that_are_killed(command, folder):
     assert rows_in() == rows_in("whole") and len(rows_in()) == 300
 
 
+@pytest.mark.long
 @needs_ray
 def test_two_workers_to_the_end(command, folder):
     Path("scene.png").write_bytes(SCENE.read_bytes())

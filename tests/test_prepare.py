@@ -451,6 +451,7 @@ def wait_for(process, pattern, count):
         time.sleep(1e-4)
 
 
+@pytest.mark.long
 def test_killed_and_gone_on(command, folder):
     """At moments of every kind; the rows are those of a run that nobody killed."""
     write_lines("rows.jsonl", [{"id": "row 3"}, *captions(90)])

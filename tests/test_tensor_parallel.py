@@ -200,6 +200,7 @@ def ask(port, path, **body):
         return json.loads(reply.read())
 
 
+@pytest.mark.long
 def test_a_server_of_two_processes(two, tmp_path):
     """Requests join and leave; a process that dies ends the other one with a line."""
     arguments = "--model_path=emu3-mini", "--dtype=float32", "--device=cpu", "--port=0", "--tensor_parallel"

@@ -1,6 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The service in several processes, on one machine or more, behind one address: Ray Serve spreads the requests."""
 
+import contextlib
+
 from paddlemix.jobs.actors import NEEDED, connect
 from paddlemix.utils import InputError
 
@@ -69,9 +71,11 @@ class Replicas:
     def __exit__(self, *exception):
         import ray
         from ray import serve
+        from ray.serve.exceptions import RayServeException
 
         if ray.is_initialized():
-            serve.delete("emu3")  # which waits for what the replicas have; a shutdown alone cuts it off
+            with contextlib.suppress(RayServeException):  # it has not come so far
+                serve.delete("emu3")  # which waits for what the replicas have; a shutdown alone cuts it off
             if not self.address:
                 serve.shutdown()
             ray.shutdown()

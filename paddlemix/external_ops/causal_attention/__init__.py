@@ -19,5 +19,5 @@ def causal_attention(query, key, value, dropout=0.0):
     Returns:
         float32 [B, length, H * D]
     """
-    seed = int(paddle.randint(0, 2**31 - 1, [1])) if dropout else 0
+    seed = paddle.randint(0, 2**31 - 1, [1]).item() if dropout else 0
     return operators().causal_attention(query, key, value, dropout, seed)[0]
