@@ -476,6 +476,7 @@ def test_killed_and_gone_on(command, folder):
     assert code == 0 and out == "going on behind 91 of 91 rows\nwrote 89 rows, and 2 rows with errors to out\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("how", "code", "word"), [(signal.SIGTERM, -15, "ended"), (signal.SIGINT, 130, "interrupted")])
 def test_what_is_encoded_is_kept(command, folder, how, code, word):
     write_lines("rows.jsonl", captions(1500))

@@ -165,6 +165,7 @@ def two(tmp_path_factory, language_dir):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("result", models(None))
 def test_two_processes_pick_the_tokens_of_one(two, language_dir, result, monkeypatch):
     for name, value in PLAIN.items():
@@ -176,6 +177,7 @@ def test_two_processes_pick_the_tokens_of_one(two, language_dir, result, monkeyp
     assert all(one["bytes_read"] < 0.6 * model.bytes_read for one in found["used"])
 
 
+@pytest.mark.long
 def test_the_commands_of_two_processes_give_the_results_of_one(two, command, tmp_path):
     code, out, _ = command("generate", *DRAW, "--output_dir", tmp_path)
     with Image.open(tmp_path / "result_0.png") as one, Image.open(two / "result_0.png") as both:

@@ -288,6 +288,7 @@ def lines_of(folder):
     return log.read_text().splitlines() if log.exists() else []
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_with_another_number_of_processes(data, tmp_path):
     """kill -9 of one of two processes ends the other; one process goes on; SIGTERM and Ctrl-C write a checkpoint."""
     folder, how = tmp_path / "run", ["--gradient_accumulation_steps=2", "--max_steps=400"]
