@@ -11,11 +11,9 @@ from paddlemix.machine import start_paddle
 from paddlemix.utils import InputError, whole_number
 
 from .console import Loading, Stopwatch, add_tasks, bare_parser, integer, number, progress_bar, say
-from .files import write_stats
 from .generate import add_drawing
 from .language_model import add_dtype, add_model_paths, make_pipeline, note_dtype, note_vision
-from .prepare import fitting_batch, interruptible, summarize
-from .unfinished import fingerprint
+from .prepare import fitting_batch, interruptible, named, summarize
 
 SAY_EVERY = 60  # seconds, where there is no terminal for a bar
 
@@ -148,12 +146,7 @@ def main(args):
             for values in in_order(shown(work(rows), total, before, args.task)):
                 shards.add({**columns, **values})
         shards.finish()
-    summarize(args.output, shards, "finished")
-    done = shards.count - before
-    write_stats(
-        args, rows=done, rows_in_all=shards.count, errors=shards.failed, seconds=watch.seconds,
-        rows_per_s=done / watch.seconds, load_s=load.seconds,
-    )  # fmt: skip
+    summarize(args, args.output, shards, "finished", before, watch.seconds, load.seconds)
 
 
 def make_in_actor(args, device):
@@ -210,15 +203,11 @@ def make_vision_worker(args):
     on_cpu = paddle.get_device() == "cpu"
     area = args.image_area or emu3.image_processor.max_pixels
     worker = workers.encode(
-        emu3, args.image_area, args.batch_size or (1 if on_cpu else fitting_batch(model, area)),
+        emu3, args.image_area, args.batch_size or fitting_batch(model, area),
         1 if on_cpu else available_cores(),
     )  # fmt: skip
     worker.job = {**job, "image_area": args.image_area}
     return worker
-
-
-def named(path, model):
-    return f"{path} {fingerprint(model):08x}"
 
 
 def shown(numbered, total, before, what):

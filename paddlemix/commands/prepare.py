@@ -51,13 +51,13 @@ def main(args):
         model = Emu3VisionVQModel.from_pretrained(args.vq_model_path, progress=True)
         note_vision(model)
     job = {
-        "vq_model": f"{args.vq_model_path} {fingerprint(model):08x}",
+        "vq_model": named(args.vq_model_path, model),
         "image_area": args.image_area,
         "data": [source.identity for source in sources],
     }
     on_cpu, total = paddle.get_device() == "cpu", sum(source.count for source in sources)
     threads = 1 if on_cpu else available_cores()  # which read images beside
-    batch_size = args.batch_size or (1 if on_cpu else fitting_batch(model, args.image_area))
+    batch_size = args.batch_size or fitting_batch(model, args.image_area)
     advice = f"what is encoded is in {args.output_path}, and the same command goes on from there"
     with interruptible(advice), Shards(args.output_path, schema(), args.shard_rows, job) as shards:
         before = shards.count
@@ -70,24 +70,29 @@ def main(args):
                 shards.add(row)
                 bar.update()
         shards.finish()
-    summarize(args.output_path, shards, "prepared")
-    done = shards.count - before
-    write_stats(
-        args, rows=done, rows_in_all=shards.count, errors=shards.failed, seconds=watch.seconds,
-        rows_per_s=done / watch.seconds, load_s=load.seconds,
-    )  # fmt: skip
+    summarize(args, args.output_path, shards, "prepared", before, watch.seconds, load.seconds)
+
+
+def named(path, model):
+    """A model as a job names it: another one of this name has other weights."""
+    return f"{path} {fingerprint(model):08x}"
 
 
 def fitting_batch(model, image_area, most=8):
-    """How many images take no more than half of the card's free memory."""
+    """How many images take no more than half of the card's free memory; 1 on a CPU, which takes one after the other."""
+    import paddle
+
     from paddlemix.machine import free_memory
 
+    if paddle.get_device() == "cpu":
+        return 1
     while most > 1 and model.memory_to_encode(most, image_area) > free_memory() / 2:
         most //= 2
     return most
 
 
-def summarize(folder, shards, what):
+def summarize(args, folder, shards, what, before, seconds, load_s):
+    """Print what a job has written into a folder, where `before` rows were, and write --stats_json."""
     good = shards.count - shards.failed
     for source, error in shards.errors:
         note(f"{source}: {error}")
@@ -97,6 +102,11 @@ def summarize(folder, shards, what):
         raise InputError(f"none of the {shards.count} rows could be {what}; {folder} has their errors")
     without = f", and {shards.failed} rows with errors" if shards.failed else ""
     say(f"wrote {good} rows{without} to {folder}")
+    done = shards.count - before
+    write_stats(
+        args, rows=done, rows_in_all=shards.count, errors=shards.failed, seconds=seconds, rows_per_s=done / seconds,
+        load_s=load_s,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

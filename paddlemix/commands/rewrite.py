@@ -23,8 +23,7 @@ def rewrite(args, lora_path=None):
     from paddlemix.models.emu3 import Emu3Config, Emu3ForCausalLM
     from paddlemix.models.emu3.checkpoint import open_weights
     from paddlemix.models.emu3.configuration_emu3 import QUANTIZATIONS
-    from paddlemix.models.emu3.hub import fetch
-    from paddlemix.models.emu3.tokenization_emu3 import CONFIG_FILE, SPECIAL_TOKENS_FILE, VOCAB_FILE
+    from paddlemix.models.emu3.tokenization_emu3 import files_beside
 
     config, target = Emu3Config.from_pretrained(args.model_path), Path(args.output_path)
     if config.quantized_dtype:
@@ -33,13 +32,12 @@ def rewrite(args, lora_path=None):
     check_target(target, weight_bytes(config, args.dtype))
     with Loading():
         model = Emu3ForCausalLM.from_pretrained(args.model_path, dtype=args.dtype, lora_path=lora_path)
-        required, optional = [VOCAB_FILE, SPECIAL_TOKENS_FILE], [CONFIG_FILE, "generation_config.json"]
-        source = fetch(args.model_path, required, optional)
+        beside = files_beside(args.model_path)
         files = set(open_weights(args.model_path).values())
         before = sum(file.path.stat().st_size for file in files)
         for file in files:
             file.close()
-    write(model, [source / name for name in required + optional], target.resolve())
+    write(model, beside, target.resolve())
     after = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     say(f"weights: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB in {args.dtype}")
     say(f"wrote {target}")
@@ -59,14 +57,13 @@ def check_target(target, size):
 
 
 def write(model, files, target):
-    """The model and copies of the files that there are, in a folder beside that takes its name when it is whole."""
+    """The model and copies of the files, in a folder beside that takes its name when it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         model.save_pretrained(beside)
         for path in files:
-            if path.is_file():
-                shutil.copyfile(path, beside / path.name)
+            shutil.copyfile(path, beside / path.name)
         umask = os.umask(0)
         os.umask(umask)
         beside.chmod(0o777 & ~umask)  # as any new folder: mkdtemp's is the owner's alone

@@ -68,7 +68,6 @@ class PreparedData:
         well = table["error"].is_null()
         self.failed = len(table) - sum(well.to_pylist())
         self.table = table.filter(well)
-        self.lengths = np.zeros(len(self.table), np.int64)
         self._check()
 
     def __len__(self):
@@ -144,10 +143,10 @@ class PreparedData:
     def check_lengths(self, prompts, positions):
         """How many tokens a row has at most. InputError where one takes more than so many positions."""
         longest = 0
-        for i in range(len(self)):
-            row = {name: self.table[name][i].as_py() for name in ("text", "response", "turns", "height", "width")}
-            texts = [row["text"], row["response"] or "", *(v for turn in row["turns"] or [] for v in turn.values())]
-            picture = prompts.grammar.num_tokens(row["height"], row["width"])
+        columns = (self.table[name].to_pylist() for name in ("text", "response", "turns", "height", "width"))
+        for i, (text, response, turns, height, width) in enumerate(zip(*columns, strict=True)):
+            texts = [text, response or "", *(v for turn in turns or [] for v in turn.values())]
+            picture = prompts.grammar.num_tokens(height, width)
             # no token is of less than a byte; templates and the picture's head take the rest
             tokens = sum(len(text.encode()) for text in texts) + picture + 64 * len(texts)
             if tokens > max(longest, positions):

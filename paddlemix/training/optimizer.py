@@ -75,7 +75,8 @@ class AdamW:
     @paddle.no_grad()
     def _hand_over(self, name):
         weight = self.weights[name]
-        gradient = weight.grad.clone().astype("float32")  # a copy: the memory of the other one is given back
+        gradient = weight.grad  # copied: its own memory is given back
+        gradient = gradient.clone() if gradient.dtype == paddle.float32 else gradient.astype("float32")
         weight.clear_gradient(False)
         self.ranks.reduce(gradient, self.owners[name])
         if name in self.gradients:

@@ -152,11 +152,11 @@ def draw_samples(settings, model, step, stop, ranks):
     from paddlemix.pipelines import Emu3Pipeline
     from paddlemix.results import save_picture
 
+    if ranks.rank:
+        return []
     emu3, folder = Emu3Pipeline(settings.model_path, settings.vq_model_path), Path(settings.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
     emu3.model, paths = model, []
-    if ranks.rank:
-        return paths
     drawing = emu3.generate_steps(list(settings.sample_prompt), seed=settings.seed)
     if any(stop.is_set() for _ in drawing):
         return paths
@@ -198,10 +198,9 @@ def load_model(settings, config, checkpoint, tokens, ranks, progress):
     import paddle
 
     from paddlemix.models.emu3 import Emu3ForCausalLM
-    from paddlemix.models.emu3.hub import fetch
     from paddlemix.models.emu3.lora import apply_lora, load_lora, lora_state, save_lora
     from paddlemix.models.emu3.needs import training_bytes
-    from paddlemix.models.emu3.tokenization_emu3 import CONFIG_FILE, SPECIAL_TOKENS_FILE, VOCAB_FILE
+    from paddlemix.models.emu3.tokenization_emu3 import files_beside
 
     dtype = settings.dtype or config.quantized_dtype or (
         "float32" if paddle.get_device() == "cpu" else half_dtype()
@@ -215,8 +214,7 @@ def load_model(settings, config, checkpoint, tokens, ranks, progress):
         f"{name} {size / 1e9:.1f}" for name, size in parts.items()
     )
     require_memory(sum(parts.values()), f"{purpose}; --recompute, --lora or fewer rows at once take less)")
-    required, optional = [VOCAB_FILE, SPECIAL_TOKENS_FILE], [CONFIG_FILE, "generation_config.json"]
-    source = fetch(settings.model_path, required, optional)
+    files = files_beside(settings.model_path)
     path = settings.model_path if settings.lora else checkpoint or settings.model_path
     model = Emu3ForCausalLM.from_pretrained(path, dtype=dtype, config=config, progress=progress)
     if settings.recompute:
@@ -231,8 +229,7 @@ def load_model(settings, config, checkpoint, tokens, ranks, progress):
             save_lora(model, folder, settings.model_path)
             return
         model.save_pretrained(folder)
-        for name in required + optional:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
 
     return model, lora_state(model) if settings.lora else dict(model.named_parameters()), write

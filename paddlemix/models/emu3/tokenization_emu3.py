@@ -49,6 +49,13 @@ MARKS_OF_TWO = "\u0f73\u0f75\u0f81"  # they are marks once they are decomposed
 SPECIAL_FORM = re.compile(r"<\|[^<>|]+\|>")  # two of these never overlap, so findall misses none
 
 
+def files_beside(name_or_path):
+    """The paths of a language model's files beside its weights and config.json, those that there are."""
+    required, optional = [VOCAB_FILE, SPECIAL_TOKENS_FILE], [CONFIG_FILE, "generation_config.json"]
+    folder = fetch(name_or_path, required, optional)
+    return [folder / name for name in required + optional if (folder / name).is_file()]
+
+
 def _one_of(name, value, accepted):
     if value not in accepted:
         raise InputError(f"{name}={reprlib.repr(value)} is not accepted: give one of {', '.join(map(repr, accepted))}")
