@@ -140,7 +140,7 @@ def errors_of_one_line(owns_process):
 
 
 def _keep_docstrings():
-    """Start the process again without -OO: PaddleNLP's import adds to docstrings, which -OO takes away."""
+    """Start the process again without -OO, which takes away the docstrings that --help shows."""
     if sys.flags.optimize > 1:
         own = sys.orig_argv[1 : -len(sys.argv[1:]) or None]
         flags = [flag.replace("O", "") if re.fullmatch("-[a-zA-Z]*O[a-zA-Z]*", flag) else flag for flag in own]

@@ -9,7 +9,6 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 from paddle.distributed.fleet.utils import recompute
-from paddlenlp.transformers.model_outputs import CausalLMOutputWithPast
 
 from paddlemix.external_ops import operators
 from paddlemix.external_ops.decoder_step import card_takes, decoder_step
@@ -24,7 +23,7 @@ from .cache import KVCache
 from .checkpoint import CheckpointMixin, dtype_name
 from .configuration_emu3 import QUANTIZATIONS, Emu3Config
 from .linear import Emu3Linear, SplitHead, normal
-from .paddlenlp_generate import PaddleNLPGenerate, generation_config, is_ids, kind_of
+from .paddlenlp_generate import PaddleNLPGenerate, is_ids, kind_of
 from .parallel import Part, share, times
 
 
@@ -308,7 +307,6 @@ class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
             self.lm_head = Emu3Linear(config, config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.generation_config = generation_config(config)
 
     @property
     def tied_weights(self):
@@ -384,6 +382,8 @@ class Emu3ForCausalLM(CheckpointMixin, PaddleNLPGenerate, nn.Layer):
         hidden_states = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         logits = self.lm_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
         loss = None if labels is None else _next_token_loss(logits, labels)
+        from paddlenlp.transformers.model_outputs import CausalLMOutputWithPast  # three seconds, which no command needs
+
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None
         )

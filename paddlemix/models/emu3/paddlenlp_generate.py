@@ -1,20 +1,17 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""What PaddleNLP's `generate` asks of a model: greedy search, sampling and beams over left-padded batches."""
+"""What PaddleNLP's `generate` asks of a model: greedy search, sampling and beams over left-padded batches.
+
+PaddleNLP takes three seconds to import: it is imported when `generate` is first called, which no command does.
+"""
+
+import functools
 
 import paddle
-from paddlenlp.generation import GenerationConfig, GenerationMixin
 
 from paddlemix.paddle_private import logits_processors as processors_of
 from paddlemix.utils import InputError
 
 from .attention import allowed_keys
-
-
-def generation_config(config):
-    """The token ids that `generate` stops at and pads with."""
-    return GenerationConfig(
-        pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
-    )
 
 
 def is_ids(x):
@@ -27,8 +24,22 @@ def kind_of(x):
     return f"{type(x).__name__} of {x.dtype} {list(x.shape)}" if hasattr(x, "dtype") else type(x).__name__
 
 
-class PaddleNLPGenerate(GenerationMixin):
+class PaddleNLPGenerate:
     """But for `generate` its methods are called by `generate` alone. The model gives `config` and `make_cache`."""
+
+    @property
+    def generation_config(self):
+        """PaddleNLP's GenerationConfig: the token ids that `generate` stops at and pads with."""
+        if "_generation_config" not in self.__dict__:
+            from paddlenlp.generation import GenerationConfig
+
+            names = "pad_token_id", "bos_token_id", "eos_token_id"
+            self._generation_config = GenerationConfig(**{name: getattr(self.config, name) for name in names})
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, value):
+        self._generation_config = value
 
     def generate(self, input_ids=None, *args, **options):
         """PaddleNLP's `generate`, which see.
@@ -57,7 +68,7 @@ class PaddleNLPGenerate(GenerationMixin):
             is_own = input_ids != self.config.pad_token_id if mask is None else _padding_mask(mask).astype("bool")
             if not bool(is_own[:, -1].all()):
                 raise InputError(f"generate takes prompts that are padded on the left, not on the right: {advice}")
-        return super().generate(input_ids, *args, **options)
+        return _generation()(self).generate(input_ids, *args, **options)
 
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, position_ids=None, use_cache=True, **kwargs
@@ -92,15 +103,33 @@ class PaddleNLPGenerate(GenerationMixin):
             model_kwargs["position_ids"] = paddle.concat([positions, positions[:, -1:] + 1], axis=-1)
         return model_kwargs
 
-    def get_logits_processor(self, logits_processors=None, **kwargs):
-        # PaddleNLP 3.0.0b3 iterates over what is given here, which cannot be iterated
-        processors = super().get_logits_processor(**kwargs)
-        for processor in () if logits_processors is None else processors_of(logits_processors):
-            processors.append(processor)
-        return processors
-
     def reorder_cache(self, cache, beam_idx):
         return None if cache is None else cache.map(lambda x: x.index_select(beam_idx))
+
+
+@functools.cache
+def _generation():
+    """The class of PaddleNLP's searches over a model."""
+    from paddlenlp.generation import GenerationMixin
+
+    class Generation(GenerationMixin):
+        def __init__(self, model):
+            self.model, self.config, self.generation_config = model, model.config, model.generation_config
+            self.prepare_inputs_for_generation = model.prepare_inputs_for_generation
+            self.update_model_kwargs_for_generation = model.update_model_kwargs_for_generation
+            self.reorder_cache = model.reorder_cache
+
+        def __call__(self, **inputs):
+            return self.model(**inputs)
+
+        def get_logits_processor(self, logits_processors=None, **kwargs):
+            # PaddleNLP 3.0.0b3 iterates over what is given here, which cannot be iterated
+            processors = super().get_logits_processor(**kwargs)
+            for processor in () if logits_processors is None else processors_of(logits_processors):
+                processors.append(processor)
+            return processors
+
+    return Generation
 
 
 def _padding_mask(mask):
