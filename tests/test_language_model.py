@@ -314,12 +314,13 @@ def test_embeddings_in_place_of_ids_and_plain_tuples(language_model):
 
 def gradients(model):
     model.clear_gradients()
+    paddle.seed(1)  # of dropout
     model(IDS, MASK, labels=LABELS).loss.backward()
     return {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(language_dir):
-    model = Emu3ForCausalLM.from_pretrained(language_dir, attention_dropout=0.0).train()
+    model = Emu3ForCausalLM.from_pretrained(language_dir).train()
     plain = gradients(model)
     calls = []
     original = modeling.Emu3DecoderLayer.forward
@@ -365,6 +366,21 @@ def test_dropout_only_in_training(language_dir):
     paddle.seed(1)
     first = logits_of(model, IDS, MASK)
     assert relative_error(first, logits_of(model, IDS, MASK)) > 1e-3
+
+
+def test_dropout_of_what_the_original_drops(language_dir, monkeypatch):
+    model, dropped, dropout = Emu3ForCausalLM.from_pretrained(language_dir).train(), [], modeling.F.dropout
+
+    def watched(x, p, **options):
+        dropped.append((tuple(x.shape), p))
+        return dropout(x, p, **options)
+
+    monkeypatch.setattr(modeling.F, "dropout", watched)
+    logits_of(model, IDS, MASK)
+    of_hidden = ((*IDS.shape, model.config.hidden_size), 0.1)
+    of_layer = [kind for kind in dropped[1:] if kind == of_hidden]
+    assert dropped[0] == of_hidden and len(of_layer) == 2 * model.config.num_hidden_layers
+    assert len(dropped) == 1 + 3 * model.config.num_hidden_layers  # and of attention's probabilities
 
 
 def test_tied_embeddings(tmp_path):

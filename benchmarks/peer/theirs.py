@@ -107,6 +107,8 @@ def load_training(directory, recompute, dropout):
     for layer in model.modules():
         if hasattr(layer, "attention_dropout"):
             layer.attention_dropout = dropout
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = dropout
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, (0.9, 0.95), 1e-6, weight_decay=0.1, fused=True)

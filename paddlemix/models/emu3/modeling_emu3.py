@@ -103,14 +103,15 @@ class Emu3MLP(nn.Layer):
 class Emu3DecoderLayer(nn.Layer):
     def __init__(self, config, layer, ranks=None):
         super().__init__()
+        self.config = config
         self.self_attn = Emu3Attention(config, layer, ranks)
         self.mlp = Emu3MLP(config, ranks)
         self.input_layernorm = Emu3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Emu3RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, rotary, mask, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + _dropout(self, self.self_attn(self.input_layernorm(x), rotary, mask, cache))
+        return x + _dropout(self, self.mlp(self.post_attention_layernorm(x)))
 
     def _parts(self):
         """The norms and the linear layers, in the order of decoder_step."""
@@ -153,6 +154,11 @@ class Emu3DecoderLayer(nn.Layer):
             rotary.cos, rotary.sin, cache.keys[layer], cache.values[layer], mask.lengths(x.shape[0]),
             mask.row_slots, norms[0].eps, mask.padding,
         )  # fmt: skip
+
+
+def _dropout(layer, x):
+    """In training; the original's one probability is of attention, of what a layer adds and of embeddings."""
+    return F.dropout(x, layer.config.attention_dropout) if layer.training else x
 
 
 def _is_plain(layer, kind):
@@ -224,6 +230,7 @@ class Emu3Model(CheckpointMixin, nn.Layer):
             position_ids = count_positions(allowed, past, new, batch)
         elif list(position_ids.shape) not in ([batch, new], [1, new]):
             raise InputError(f"position_ids must be [{batch}, {new}], got {list(position_ids.shape)}")
+        x = _dropout(self, x)
         x = self._run(x, Rotary(self.config, position_ids, length), Mask(past, new, allowed), past_key_values)
         if past_key_values is not None:
             past_key_values.length = length
