@@ -60,9 +60,9 @@ def load_training(directory, recompute, dropout):
     import paddle
 
     from paddlemix.models.emu3 import Emu3ForCausalLM
+    from paddlemix.models.emu3.parallel import Ranks
     from paddlemix.training.loss import next_token_loss
     from paddlemix.training.optimizer import AdamW
-    from paddlemix.training.ranks import Ranks
 
     model = Emu3ForCausalLM.from_pretrained(directory, dtype="float32", attention_dropout=dropout).train()
     if recompute:
@@ -72,7 +72,7 @@ def load_training(directory, recompute, dropout):
     def step(ids, labels):
         count = int((labels[:, 1:] >= 0).sum())
         loss = next_token_loss(model, paddle.to_tensor(ids), paddle.to_tensor(labels)) / count
-        loss.backward()
+        optimizer.backward(loss)
         optimizer.step(1e-5, 5.0)
         return float(loss)
 
