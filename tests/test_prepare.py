@@ -246,6 +246,31 @@ def test_a_conversation(command, folder):
         assert row["turns"] == [{"text": "three", "response": "four"}, {"text": "five", "response": "six"}]
 
 
+def test_an_image_of_several_rows_is_encoded_once(command, folder, monkeypatch):
+    encoded, encode = [], Emu3VisionVQModel.encode
+
+    def counted(self, pixels):
+        encoded.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(Emu3VisionVQModel, "encode", counted)
+    write_lines("train.jsonl", [{"text": f"text {i}", "image": f"images/{i // 3 * 4}.png"} for i in range(9)])
+    for size, calls in ((1, [1, 1, 1]), (2, [2, 1])):
+        assert command(*arguments("train.jsonl", output=f"out{size}", batch_size=size))[0] == 0
+        assert encoded == calls
+        encoded.clear()
+    rows = rows_in("out1")
+    assert [row["text"] for row in rows] == [f"text {i}" for i in range(9)] and rows_in("out2") == rows
+    assert [row["codes"] for row in rows] == [rows[i - i % 3]["codes"] for i in range(9)]
+    assert rows[0]["codes"] != rows[3]["codes"]
+
+
+def test_the_area_is_the_checkpoints_own(command, folder):
+    write_lines("train.jsonl", captions(1))
+    assert command("prepare", "--data_path=train.jsonl", "--output_path=out", "--vq_model_path=emu3-mini")[0] == 0
+    assert [(row["height"], row["width"]) for row in rows_in()] == [(8, 8)]
+
+
 def test_several_files_at_once(command, folder):
     """Files of one name give ids that differ; a folder of tars is all of them."""
     for name in "ab":

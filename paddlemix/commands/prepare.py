@@ -23,7 +23,10 @@ def parser(prog=None):
         "(WebDataset) files, or folders of images with .txt files"
     )  # fmt: skip
     parser.add_argument("--output_path", required=True, metavar="DIR", help="a folder; the same command goes on in it")
-    parser.add_argument("--image_area", type=integer, default=720 * 720, help="about how many pixels an image becomes")
+    parser.add_argument(
+        "--image_area", type=integer, help="about how many pixels an image becomes (default: 518400, 720 x 720, as in "
+        "the original; of emu3-mini 4096)"
+    )  # fmt: skip
     parser.add_argument(
         "--batch_size", type=integer, help="images of one size that are encoded together (default: 1 on a CPU; on a "
         "card up to 8, as its memory has room)"
@@ -39,13 +42,16 @@ def main(args):
     from paddlemix.jobs.outputs import Shards
     from paddlemix.jobs.workers import in_order, make_processor, run
     from paddlemix.machine import available_cores
-    from paddlemix.models.emu3 import Emu3VisionVQModel
+    from paddlemix.models.emu3 import Emu3Config, Emu3VisionVQModel
+    from paddlemix.models.emu3.hub import MINI
     from paddlemix.training.prepare_data import prepare, schema
 
     for name in ("batch_size", "shard_rows"):
         if getattr(args, name) is not None:
             whole_number(f"--{name}", getattr(args, name), "1 or more", 1)
     sources = open_sources(args.data_path)
+    if args.image_area is None:
+        args.image_area = Emu3Config.from_pretrained(MINI).image_area if args.vq_model_path == MINI else 720 * 720
     processor = make_processor(args.vq_model_path, args.image_area)
     with Loading() as load:
         model = Emu3VisionVQModel.from_pretrained(args.vq_model_path, progress=True)

@@ -215,7 +215,8 @@ def understand(pipeline, options, question, batch_size=None):
 
 
 class Encode:
-    """Rows whose images the vision tokenizer encodes, those of one size together.
+    """Rows whose images the vision tokenizer encodes, those of one size together, and once where several rows in turn
+    have the same.
 
     Args:
         model: Emu3VisionVQModel.
@@ -228,7 +229,8 @@ class Encode:
     def __init__(self, model, read, batch_size=1, threads=1):
         self.model, self.read, self.batch_size = model, read, batch_size
         self.pool, self.most = ThreadPoolExecutor(threads, "emu3-rows"), 2 * batch_size + threads
-        self.reading, self.groups = deque(), {}  # of each size the images that wait for others, the first at first
+        # of each size the images that wait for others, the first at first, each with the (number, values) of its rows
+        self.reading, self.groups = deque(), {}
 
     def __bool__(self):
         return bool(self.reading or self.groups)
@@ -250,26 +252,33 @@ class Encode:
         return number, values, pixels
 
     def step(self):
-        """One image more is read, and a group encoded where it is full, or waits for long, or nothing more comes."""
+        """One image more is read, and a group encoded where it is full, or waits for long, or nothing more comes. It is
+        full when one image too many comes: before, the next row may have its last image."""
         if not self.reading:
             return self._encode(next(iter(self.groups)))
-        number, values, pixels = one = self.reading.popleft().result()
+        number, values, pixels = self.reading.popleft().result()
         if not isinstance(pixels, np.ndarray):
             if pixels is not None:
                 values.update(self._encode_video(pixels))
             return [(number, values)]
-        group = self.groups.setdefault(pixels.shape, [])
-        group.append(one)
+        done, group = [], self.groups.get(pixels.shape, [])
+        if group and np.array_equal(group[-1][0], pixels):
+            group[-1][1].append((number, values))
+        else:
+            if len(group) == self.batch_size:
+                done = self._encode(pixels.shape)
+            self.groups.setdefault(pixels.shape, []).append((pixels, [(number, values)]))
         first = next(iter(self.groups))
-        if len(group) == self.batch_size:
-            return self._encode(pixels.shape)
-        return self._encode(first) if number - self.groups[first][0][0] >= WAITING * self.batch_size else []
+        [(oldest, _), *_] = self.groups[first][0][1]
+        return done + (self._encode(first) if number - oldest >= WAITING * self.batch_size else [])
 
     def _encode(self, shape):
         group = self.groups.pop(shape)
-        codes = self._codes(np.stack([pixels for *_, pixels in group]))
+        codes = self._codes(np.stack([pixels for pixels, _ in group]))
         return [
-            (number, {**values, **codes_values(own)}) for (number, values, _), own in zip(group, codes, strict=True)
+            (number, {**values, **codes_values(own)})
+            for (_, rows), own in zip(group, codes, strict=True)
+            for number, values in rows
         ]
 
     def _encode_video(self, clips):
