@@ -15,7 +15,7 @@ from paddlemix.external_ops import without_operators
 from paddlemix.external_ops.few_rows_linear import dequantize
 from paddlemix.models.emu3 import Emu3ForCausalLM, safetensors_file
 from paddlemix.models.emu3.adapter import PROJECTIONS, Adapter, LoraConfig
-from paddlemix.models.emu3.hub import MINI_DIRECTORY
+from paddlemix.models.emu3.hub import MINI_DIRECTORY, local_directory
 from paddlemix.models.emu3.lora import apply_lora, load_lora, lora_state, save_lora
 from paddlemix.utils import InputError
 
@@ -316,6 +316,14 @@ def test_folders_that_hold_none(language_dir, tmp_path):
     refuse(tmp_path, "adapter_model.bin, a pickle")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\0" * 100)
     refuse(tmp_path, "truncated or not a safetensors file")
+
+
+def test_the_newest_of_a_training_run(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.part"):
+        shutil.copytree(PEFT, tmp_path / name)
+    assert Adapter.read(tmp_path).path.parent == local_directory(tmp_path) == tmp_path / "checkpoint-10"
+    shutil.copy(PEFT / "adapter_config.json", tmp_path)  # a checkpoint itself
+    assert local_directory(tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize(

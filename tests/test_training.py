@@ -443,12 +443,14 @@ def test_a_full_disk_loses_nothing(data, tmp_path):
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "checkpoint-1").iterdir()}
 
 
-def test_the_command(command, data, tmp_path):
+def test_the_command(command, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("paddlemix.commands.train.PACED", 2)
     code, out, err = command(
         "train", "--model_path", "emu3-mini", "--data_path", data, "--output_dir", tmp_path / "out", "--max_steps=2",
         "--eval_rows=2", "--apply_loss_on_only_vision", "False", "--add_eos",
     )  # fmt: skip
     assert code == 0 and "loss of held-out rows" in out and out.endswith("checkpoint-2\n")
+    assert "step 2 of 2: " in out and " s a step, the end is expected on " in out
     assert "note: 8 rows to train, 2 held out, 8 a step, 2 steps" in err
     code, out, err = command("train", "--model_path=emu3-mini", "--data_path", data, "--output_dir", tmp_path / "out")
     assert (code, out) == (2, "") and err.startswith("error: ") and "this command gives" in err

@@ -13,7 +13,10 @@ from .console import Loading, note
 # enough without them, and no note is due.
 SLOW_BYTES = 100e6
 
-LORA_HELP = "a LoRA adapter of the language model, as `emu3 train` and PEFT write it: a folder or a hub name"
+LORA_HELP = (
+    "a LoRA adapter of the language model, as `emu3 train` and PEFT write it: a folder or a hub name; of a training "
+    "run's folder, its newest checkpoint"
+)
 
 
 def add_dtype(parser):

@@ -10,13 +10,16 @@ import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import fields
+from statistics import median
 
 from paddlemix.machine import return_freed_memory
 from paddlemix.training.settings import Settings
 
 from .console import DEVICE_HELP, bare_parser, integer, note, number, progress_bar, say, to_stderr
 
+PACED = 5  # steps that are measured: the first ones are slower
 REQUIRED = ("model_path", "data_path", "output_dir")
 
 
@@ -50,7 +53,7 @@ def main(args):
     return_freed_memory()
     given = {one.name: getattr(args, one.name) for one in fields(Settings)}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    stop, ended_by, bar = threading.Event(), [], None
+    stop, ended_by, bar, pace = threading.Event(), [], None, []
     is_first = int(os.environ.get("PADDLE_TRAINER_ID", 0)) == 0  # of several processes the first one prints
 
     def end(which, _):
@@ -68,10 +71,20 @@ def main(args):
             bar = progress_bar(event["max_steps"], " steps", "training", event["step"]) if is_first else ()
         if is_first:
             show(event, bar)
+            if "loss" in event and bar.disable:
+                pace.append(event["seconds"])
+                if len(pace) == PACED:
+                    say_pace(median(pace), event["step"], bar.total)
     if ended_by == [signal.SIGTERM]:
         sys.exit(128 + signal.SIGTERM)
     if ended_by:
         raise KeyboardInterrupt("the same command goes on")
+
+
+def say_pace(seconds, step, last):
+    """Print how long a step takes, and when the last one ends, where there is no terminal for a bar."""
+    end = time.strftime("%d %B %H:%M", time.localtime(time.time() + seconds * (last - step)))
+    say(f"step {step} of {last}: {seconds:.1f} s a step, the end is expected on {end}")
 
 
 def show(event, bar):

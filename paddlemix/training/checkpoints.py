@@ -2,21 +2,14 @@
 """The checkpoints of a training run: folders that are there when they are whole, with all that is needed to go on."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
+from paddlemix.models.emu3.hub import checkpoints_of_run
 from paddlemix.utils import InputError, read_json, write_atomically
 
 STATE = "training.json"
-NAME = re.compile(r"checkpoint-(\d+)")
 OPTIMIZER = "optimizer-{:05d}-of-{:05d}.safetensors"
-
-
-def all_checkpoints(folder):
-    """The folders of checkpoints, the oldest first."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]))
 
 
 def save_checkpoint(folder, step, job, write_model, optimizer, ranks, limit):
@@ -52,7 +45,7 @@ def save_checkpoint(folder, step, job, write_model, optimizer, ranks, limit):
         if is_first:
             shutil.rmtree(path, ignore_errors=True)
             beside.rename(path)
-            for old in all_checkpoints(folder)[:-limit] if limit else []:
+            for old in checkpoints_of_run(folder)[:-limit] if limit else []:
                 shutil.rmtree(old)
 
     try:
@@ -67,7 +60,7 @@ def save_checkpoint(folder, step, job, write_model, optimizer, ranks, limit):
 
 def last_checkpoint(folder, job):
     """(path, steps done) of the newest checkpoint, (None, 0) where there is none. InputError: it is of another job."""
-    found = all_checkpoints(folder)
+    found = checkpoints_of_run(folder)
     if not found:
         return None, 0
     state = read_json(found[-1] / STATE)
@@ -82,7 +75,7 @@ def last_checkpoint(folder, job):
 
 def rows_of_step_before(folder):
     """Rows of a step of the run that a folder holds; 0 where it holds none."""
-    found = all_checkpoints(folder)
+    found = checkpoints_of_run(folder)
     return read_json(found[-1] / STATE)["job"]["rows of a step"] if found else 0
 
 

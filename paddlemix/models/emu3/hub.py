@@ -10,6 +10,7 @@ from paddlemix.utils import InputError
 HUB_TIMEOUT = 15  # seconds that the hub may be silent
 MINI = "emu3-mini"  # this name is always the small checkpoint that comes with the package; a folder is ./emu3-mini
 MINI_DIRECTORY = Path(__file__).resolve().parents[2] / "demo_models" / "emu3_mini"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pdparams")
 
 
@@ -52,11 +53,19 @@ def fetch(name_or_path, required, optional=(), part="language_model"):
 
 
 def local_directory(name_or_path, part="language_model"):
-    """Where a checkpoint's files are if they are not the hub's."""
+    """Where a checkpoint's files are if they are not the hub's; of a run of `emu3 train`, its newest checkpoint."""
     try:
-        return MINI_DIRECTORY / part if name_or_path == MINI else Path(name_or_path).expanduser()
+        path = MINI_DIRECTORY / part if name_or_path == MINI else Path(name_or_path).expanduser()
     except RuntimeError:  # of a ~user that there is not
         return Path(name_or_path)
+    of_run = checkpoints_of_run(path)
+    return of_run[-1] if of_run and not any(path.glob("*config.json")) else path
+
+
+def checkpoints_of_run(folder):
+    """The folders `checkpoint-STEP` in the output_dir of a training run, the oldest first."""
+    found = [(CHECKPOINT.fullmatch(path.name), path) for path in Path(folder).glob("checkpoint-*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 def at_revision(name_or_path, revision):
