@@ -57,17 +57,22 @@ def load_generation(directory, inputs, dtype, decoding):
 
 def load_training(directory, recompute, dropout):
     """One step of training in float32, as a function of ids and labels, int64 [rows, length]: it returns the loss."""
-    import paddle
-
     from paddlemix.models.emu3 import Emu3ForCausalLM
-    from paddlemix.models.emu3.parallel import Ranks
-    from paddlemix.training.loss import next_token_loss
-    from paddlemix.training.optimizer import AdamW
 
     model = Emu3ForCausalLM.from_pretrained(directory, dtype="float32", attention_dropout=dropout).train()
     if recompute:
         model.recompute_enable()
-    optimizer = AdamW(dict(model.named_parameters()), 0.1, Ranks())
+    return training_step(model, dict(model.named_parameters()))
+
+
+def training_step(model, weights):
+    import paddle
+
+    from paddlemix.models.emu3.parallel import Ranks
+    from paddlemix.training.loss import next_token_loss
+    from paddlemix.training.optimizer import AdamW
+
+    optimizer = AdamW(weights, 0.1, Ranks())
 
     def step(ids, labels):
         count = int((labels[:, 1:] >= 0).sum())

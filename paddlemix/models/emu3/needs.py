@@ -64,11 +64,12 @@ def training_bytes(config, dtype, tokens, rank=0, recompute=False, processes=1, 
     layer, layers = 8 * hidden + 3 * middle + 4 * keys, config.num_hidden_layers  # numbers that wait for the gradient
     kept = layers * hidden + 13 * hidden + 5 * middle + 2 * keys if recompute else layers * layer + 11 * hidden
     masks = 2 * hidden * (1 if recompute else layers) if config.attention_dropout else 0  # of dropout, a byte a number
+    logits = 4 * min(LOGITS, tokens * config.vocab_size)
     return {
         "weights": weight_bytes(config, dtype),
         "optimizer": trained * state // processes,
         "activations": tokens * (kept * activation + masks),
-        "head": 4 * LOGITS + (0 if rank else 4 * config.vocab_size * hidden),  # the largest gradient, before it is kept
+        "head": logits + (0 if rank else 4 * config.vocab_size * hidden),  # the largest gradient, before it is kept
     }
 
 
