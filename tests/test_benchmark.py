@@ -177,15 +177,26 @@ def test_commands(monkeypatch, capsys):
 
 
 def test_a_row_of_training_compares_the_best_steps_after_the_first():
-    ours = {"tokens": 100, "steps": [{"seconds": s, "loss": 2.0, "peak_bytes": 1e9} for s in (9, 2, 1)]}
+    own = {"tokens": 100, "steps": [{"seconds": s, "loss": 2.0, "peak_bytes": 1e9} for s in (9, 2, 1)]}
     theirs = {"tokens": 100, "steps": [{"seconds": s, "loss": 2.0001, "peak_bytes": 3e9} for s in (1, 4, 4)]}
-    assert training.row_of("x", 0.0, ours, theirs) == [
+    assert training.row_of("x", 0.0, own, theirs) == [
         "x", "0", "100", "25", "**4.00**", "1.00 GB", "3.00 GB", "**3.00**"
     ]  # fmt: skip
-    assert training.row_of("x", 0.1, ours, None)[2:] == ["100", "-", "-", "1.00 GB", "-", "-"]
-    assert training.same_losses(ours, theirs)
+    assert training.row_of("x", 0.1, own, None)[2:] == ["100", "-", "-", "1.00 GB", "-", "-"]
+    assert training.same_losses(own, theirs)
     theirs["steps"][1]["loss"] = 2.1
-    assert not training.same_losses(ours, theirs)
+    assert not training.same_losses(own, theirs)
+
+
+def test_a_step_of_training_is_measured(tmp_path):
+    config = Emu3Config.from_pretrained(training.MINI)
+    np.savez(tmp_path / "rows.npz", **training.rows(config, 1, 64))
+    result = training.train(ours, training.MINI, tmp_path / "rows.npz", 2, True, 0.0)
+    first, second = (step["loss"] for step in result["steps"])
+    assert result["tokens"] == 64 and second < first
+    part = {"formula": {"weights": 1e9, "head": 3e9}, "base_bytes": 1e9, "peak_bytes": 3e9}
+    row = ["int4, lora", "64", "1.00", "3.00", "4.00", "2.00", "0.50"]
+    assert training.memory_row("int4-lora", 64, part) == row
 
 
 # --- RESULTS.md ------------------------------------------------------------------------------------------
