@@ -7,9 +7,10 @@ from collections import Counter
 import numpy as np
 import paddle
 import pytest
+from conftest import host_left_out
 from paddle.device.cuda import graphs
 from test_generation import DATA, GRAMMAR, NEGATIVE, PROMPTS, unpadded
-from test_step import addresses, as_on_a_gpu, nothing_comes_to_the_host
+from test_step import addresses, as_on_a_gpu
 
 from paddlemix import machine
 from paddlemix.models.emu3 import Drawing, cache, cuda_graph, decoding, generate_images, generate_text, passes
@@ -58,7 +59,7 @@ class Card:
                 step, original, recorded = self.kernels
                 assert self in card.live and addresses(step) == recorded
                 lengths, step.cache.lengths = step.cache.lengths, None
-                with nothing_comes_to_the_host():
+                with host_left_out():
                     original(step)
                 step.cache.lengths = lengths
                 card.log.append("replay")
