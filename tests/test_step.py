@@ -2,6 +2,7 @@
 """The pass that a GPU takes, run on a CPU: the same tokens, and fit to be recorded once and replayed (a CUDA graph)."""
 
 import contextlib
+from collections import Counter
 
 import numpy as np
 import paddle
@@ -24,7 +25,7 @@ from paddlemix.models.emu3 import (
     passes,
 )
 from paddlemix.models.emu3.generation_emu3 import make_drawings
-from paddlemix.models.emu3.sampling import Sampling
+from paddlemix.models.emu3.sampling import Noise, Sampling
 
 
 @pytest.fixture(autouse=True)
@@ -251,6 +252,27 @@ def test_windows_go_on_without_the_host(
     assert [drawing.drawn().tolist() for drawing in drawings] == expected
     assert list(gained.values()) == [drawing.tokens for drawing in drawings]
     assert len(waited) == len(most) and batch.forward_passes <= max(h * w for h, w in sizes)
+
+
+def test_noise_of_a_position_is_made_once(language_model, request, monkeypatch):
+    """By a CPU and a card, with guesses and without; what is done has none."""
+    made, make = Counter(), Noise._make
+    monkeypatch.setattr(Noise, "_make", lambda noise, p: made.update([(noise, p)]) or make(noise, p))
+
+    def draw(how, window):
+        drawings, batch = drawings_of([(3, 5), (4, 4)], HOT), Batch(language_model, how, window)
+        batch.join(*drawings)
+        while batch:
+            batch.step()
+        assert made == Counter((one.noise, p) for one in drawings for p in range(one.draws))
+        assert not any(one.noise.made for one in drawings)
+        made.clear()
+
+    for device in (None, "on_a_card"):
+        if device:
+            request.getfixturevalue(device)
+        for how, window in (("step", None), ("jacobi", 1), ("jacobi", 3)):
+            draw(how, window)
 
 
 @pytest.mark.parametrize("where, name", [(decoding.Pass, "run"), (Drawing, "accept")], ids=["pass", "accept"])

@@ -154,8 +154,9 @@ class Batch:
         self.noise.pop(sequence, None)
         if not (isinstance(sequence, Answer) and self._keep(sequence.prompts[0], slots[0])):
             self.cache.free(slots)
-        if sequence.batch is self:  # a finished sequence that is kept does not keep the cache
+        if sequence.batch is self:  # a finished sequence that is kept does not keep the cache, nor noise
             sequence.batch = None
+            sequence.noise.made.clear()
         self._forget_passes()
 
     def _keep(self, prompt, slot):

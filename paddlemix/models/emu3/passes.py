@@ -142,8 +142,8 @@ class DeviceNoise:
         self.rows = None if sequence.sampling.is_greedy else paddle.zeros([count, self.noise.size])
 
     def missing(self, start, stop):
-        """As sampling.Noise; the sequence ends before some positions."""
-        return self.noise.missing(start, min(stop, self.end))
+        """As sampling.Noise, without what is on the device; the sequence ends before some positions."""
+        return self.noise.missing(max(start, self.stop), min(stop, self.end))
 
     def fill(self, start, stop):
         """Have the noise of these positions, in place of earlier ones; nothing waits for it."""
