@@ -254,6 +254,28 @@ def test_windows_go_on_without_the_host(
     assert len(waited) == len(most) and batch.forward_passes <= max(h * w for h, w in sizes)
 
 
+def shapes_of_passes(monkeypatch):
+    shapes, run = [], decoding.Pass.run
+    monkeypatch.setattr(decoding.Pass, "run", lambda step: shapes.append(tuple(step.ids.shape)) or run(step))
+    return shapes
+
+
+def test_a_pass_has_the_rows_of_its_sequences(language_model, request, monkeypatch):
+    """Where others have left, so that windows stay as large; wherever in the cache they are."""
+    sizes = [(1, 2), (3, 7)]
+    expected = drawn_on_a_cpu(language_model, sizes, HOT, 1)[1]
+    request.getfixturevalue("on_a_card")
+    drawings = drawings_of(sizes, HOT, 1) + drawings_of([(1, 2), (1, 4)], Sampling(seed=9), 1)
+    with monkeypatch.context() as patch:
+        shapes = shapes_of_passes(patch)
+        batch = Batch(language_model, "jacobi")
+        batch.join(*drawings)
+        while batch:
+            batch.step()
+    assert drawings[1].drawn().tolist() == expected
+    assert shapes[0] == (4, 4) and shapes[-1] == (1, 16) and max(rows * new for rows, new in shapes) == 16
+
+
 def test_noise_of_a_position_is_made_once(language_model, request, monkeypatch):
     """By a CPU and a card, with guesses and without; what is done has none."""
     made, make = Counter(), Noise._make

@@ -301,7 +301,7 @@ class Batch:
         shapes = [shape] + [tuple((sequence, 1 + window, 1 + window) for sequence in group)] * (passes - 1)
         end = int(lengths[rows].max()) + (passes - 1) * (1 + window)
         end = min(end, max(sequence.length for sequence in group))  # where a row stays
-        self._reserve(max(end, int(lengths[rows if self.on_cpu else slice(None)].max())) + new)
+        self._reserve(max(end, int(lengths[rows].max())) + new)
         noise = [self._noise(*each, passes) for each in shape]
         at_once([make for each, start, stop in noise for make in each.missing(start, stop)])
         for each, start, stop in noise:
