@@ -244,7 +244,7 @@ def test_windows_go_on_without_the_host(
     batch.join(*drawings)
     while batch:
         window = min(window, 16 // sum(len(drawing.prompts) for drawing in batch.running or drawings) - 1)
-        most.append(ahead // (1 + window))
+        most.append(min(Drawing.passes_ahead, ahead // (1 + window)))
         before = batch.forward_passes
         for drawing, tokens in batch.step():
             gained[drawing] += tokens
@@ -258,6 +258,18 @@ def shapes_of_passes(monkeypatch):
     shapes, run = [], decoding.Pass.run
     monkeypatch.setattr(decoding.Pass, "run", lambda step: shapes.append(tuple(step.ids.shape)) or run(step))
     return shapes
+
+
+@pytest.mark.parametrize("window", [1, 15])
+def test_few_passes_are_in_vain(language_model, request, monkeypatch, window):
+    request.getfixturevalue("on_a_card")
+    with monkeypatch.context() as patch:  # undone before what the fixture has put there
+        shapes = shapes_of_passes(patch)
+        batch = Batch(language_model, "jacobi", window)
+        batch.join(*drawings_of([(2, 31)], HOT, 1))
+        while batch:
+            batch.step()
+    assert 0 < batch.forward_passes <= len(shapes) < batch.forward_passes + 8
 
 
 def test_a_pass_has_the_rows_of_its_sequences(language_model, request, monkeypatch):

@@ -198,7 +198,7 @@ class Batch:
     def step(self, only=None):
         """Read a part of the prompts that wait, and run one pass for all whose prompts are read. On a card, where only
         pictures are drawn and nothing else waits, several: token by token to the end of a row, with windows of guesses
-        as many as may pick Drawing.ahead tokens.
+        Drawing.passes_ahead.
 
         `only`: of these sequences; the others stay as they are. None is all.
 
