@@ -223,6 +223,25 @@ def test_graphs_are_given_up_where_memory_is_out(expected, language_model, card,
     assert released == [0] and card.live == set() and card.log.count("record") > 1
 
 
+def test_memory_that_is_out_while_a_pass_is_recorded(language_model, request, monkeypatch):
+    """The pass goes on by Paddle's operators, and is recorded when the graphs were given up the next time."""
+    expected, card = pictures(language_model), request.getfixturevalue("card")
+    run, out = decoding.Pass.run, []
+
+    def once(step):
+        if card.capturing and not out:
+            out.append(step)
+            raise MemoryError("ResourceExhaustedError: Out of memory error on GPU 1")
+        run(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.Pass, "run", once)
+        same(pictures(language_model), expected)
+    assert out and card.eager[out[0]] > cuda_graph.WARM_UP and card.log.count("replay") > 0
+    (words,) = card.warnings
+    assert "MemoryError ResourceExhaustedError: Out of memory" in words
+
+
 def test_top_p_is_recorded(language_model, request):
     expected, card = pictures(language_model, top_p=0.9), request.getfixturevalue("card")
     same(pictures(language_model, top_p=0.9), expected)
