@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Fixtures that several test files use."""
 
+import contextlib
 import json
 import runpy
 import sys
@@ -68,6 +69,24 @@ def stand_in_for_a_card(monkeypatch, found, *modules):
         monkeypatch.setattr(module, "operators", lambda: found)
     log = external_ops.logging.getLogger(external_ops.__name__)
     monkeypatch.setattr(log, "warning", lambda text, *values: found.warnings.append(text % values))
+
+
+@contextlib.contextmanager
+def host_left_out():
+    """Inside it no tensor comes to the host, for which a card would be waited for, and none is made of the host's
+    numbers, which a CUDA graph cannot hold."""
+    import paddle
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a step waits for the device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("numpy", "item", "tolist", "__array__", "__bool__", "__int__", "__float__", "__index__", "cpu"):
+            patch.setattr(paddle.Tensor, name, refuse)
+        patch.setattr(paddle.tensor.creation, "_to_tensor_non_static", refuse)
+        patch.setattr(paddle._C_ops, "assign_value_", refuse)
+        patch.setattr(paddle.base.core, "from_dlpack", refuse)
+        yield
 
 
 def relative_error(a, b):

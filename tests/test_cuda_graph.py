@@ -7,9 +7,10 @@ from collections import Counter
 import numpy as np
 import paddle
 import pytest
+from conftest import host_left_out
 from paddle.device.cuda import graphs
 from test_generation import DATA, GRAMMAR, NEGATIVE, PROMPTS, unpadded
-from test_step import addresses, as_on_a_gpu, nothing_comes_to_the_host
+from test_step import addresses, as_on_a_gpu
 
 from paddlemix import machine
 from paddlemix.models.emu3 import Drawing, cache, cuda_graph, decoding, generate_images, generate_text, passes
@@ -58,7 +59,7 @@ class Card:
                 step, original, recorded = self.kernels
                 assert self in card.live and addresses(step) == recorded
                 lengths, step.cache.lengths = step.cache.lengths, None
-                with nothing_comes_to_the_host():
+                with host_left_out():
                     original(step)
                 step.cache.lengths = lengths
                 card.log.append("replay")
@@ -220,6 +221,25 @@ def test_graphs_are_given_up_where_memory_is_out(expected, language_model, card,
         patch.setattr(decoding.Pass, "run", out_of_memory)
         same(pictures(language_model), expected)
     assert released == [0] and card.live == set() and card.log.count("record") > 1
+
+
+def test_memory_that_is_out_while_a_pass_is_recorded(language_model, request, monkeypatch):
+    """The pass goes on by Paddle's operators, and is recorded when the graphs were given up the next time."""
+    expected, card = pictures(language_model), request.getfixturevalue("card")
+    run, out = decoding.Pass.run, []
+
+    def once(step):
+        if card.capturing and not out:
+            out.append(step)
+            raise MemoryError("ResourceExhaustedError: Out of memory error on GPU 1")
+        run(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.Pass, "run", once)
+        same(pictures(language_model), expected)
+    assert out and card.eager[out[0]] > cuda_graph.WARM_UP and card.log.count("replay") > 0
+    (words,) = card.warnings
+    assert "MemoryError ResourceExhaustedError: Out of memory" in words
 
 
 def test_top_p_is_recorded(language_model, request):

@@ -1,6 +1,8 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """With the compiled operators and without: found, told of, and the same."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +94,23 @@ def test_numbers_that_both_languages_name():
     assert library.emu3_ops_most_new() == cached_attention.MOST_NEW
     assert library.emu3_ops_winograd_inputs() == winograd.INPUTS
     assert library.emu3_ops_winograd_outputs() == winograd.OUTPUTS
+
+
+@needs_operators
+def test_missing_memory_is_a_memory_error(tmp_path):
+    """In threads too; and the next call is right."""
+    compiler, here, library = shutil.which(os.environ.get("CXX") or "g++"), Path(__file__).parent, tmp_path / "no.so"
+    if compiler is None:
+        pytest.skip("a compiler is needed")
+    subprocess.run([compiler, "-std=c++17", "-shared", "-fPIC", here / "no_memory.cc", "-o", library], check=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", here / "no_memory_script.py"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    counts = {name: int(count) for count, name in (line.split(maxsplit=1) for line in run.stdout.splitlines())}
+    del counts["few_rows_linear, int8"]  # which packs its rows where the processor multiplies whole numbers
+    assert len(counts) == 11 and min(counts.values()) > 0
 
 
 @needs_operators

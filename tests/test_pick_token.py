@@ -2,12 +2,13 @@
 """Picking tokens and accepting guesses: with Paddle's operators, and what decides whether the CUDA kernels do it. The
 kernels are in test_cuda_kernels.py; no card is here, and what Paddle says of one stands in."""
 
+import gc
 from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
-from conftest import stand_in_for_a_card
+from conftest import host_left_out, stand_in_for_a_card
 
 from paddlemix.external_ops import pick_token as module
 from paddlemix.external_ops.pick_token import accept_tokens, pick_token
@@ -78,8 +79,37 @@ def test_on_a_card_with_paddle(card, settings):
     del card.emu3_ops_cuda
     logits, noise = given(2)
     tensors = paddle.to_tensor(logits), paddle.to_tensor(noise)
-    assert pick_token(*tensors, *settings).tolist() == expected(logits, noise, *settings)
+    with host_left_out():
+        ids = pick_token(*tensors, *settings)
+    assert ids.tolist() == expected(logits, noise, *settings)
     assert "CUDA operators are not built, `make ops`" in module.pick_fault(0) and card.warnings == []
+
+
+def test_more_tokens_than_the_kernel_takes(card, monkeypatch):
+    """It adds up their weights for top-p alone."""
+    monkeypatch.setattr(module, "MOST_TOKENS", 49)
+    logits, noise = given(2)
+    tensors = paddle.to_tensor(logits), paddle.to_tensor(noise)
+    for settings in SETTINGS:
+        card.calls.clear()
+        assert pick_token(*tensors, *settings).tolist() == expected(logits, noise, *settings)
+        assert ([2, 3, 50] in card.calls) == (settings[3] == 1)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(5, 1), (0, 0.9)])
+def test_nothing_is_left_behind(top_k, top_p):
+    """Tensors that Paddle makes of numbers are not freed."""
+    logits, noise = map(paddle.to_tensor, given(1))
+
+    def objects():
+        gc.collect()
+        return len(gc.get_objects())
+
+    pick_token(logits, noise, top_k=top_k, top_p=top_p)
+    before = objects()
+    for _ in range(200):
+        pick_token(logits, noise, top_k=top_k, top_p=top_p)
+    assert objects() < before + 100
 
 
 def test_a_right_kernel_is_used(card):

@@ -2,10 +2,12 @@
 """The pass that a GPU takes, run on a CPU: the same tokens, and fit to be recorded once and replayed (a CUDA graph)."""
 
 import contextlib
+from collections import Counter
 
 import numpy as np
 import paddle
 import pytest
+from conftest import host_left_out
 from test_generation import DATA, GRAMMAR, NEGATIVE, PROMPTS, unpadded
 
 from paddlemix import external_ops
@@ -23,9 +25,7 @@ from paddlemix.models.emu3 import (
     passes,
 )
 from paddlemix.models.emu3.generation_emu3 import make_drawings
-from paddlemix.models.emu3.sampling import Sampling
-
-TO_HOST = ("numpy", "item", "tolist", "__array__", "__bool__", "__int__", "__float__", "__index__", "cpu")
+from paddlemix.models.emu3.sampling import Noise, Sampling
 
 
 @pytest.fixture(autouse=True)
@@ -52,17 +52,6 @@ def as_on_a_gpu(monkeypatch, run):
         yield
 
 
-@contextlib.contextmanager
-def nothing_comes_to_the_host():
-    def refuse(*args, **kwargs):
-        raise AssertionError("a step waits for the device")
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in TO_HOST:
-            patch.setattr(paddle.Tensor, name, refuse)
-        yield
-
-
 def addresses(step):
     tensors = [step.ids, step.past, *(step.results or ()), *step.noise, *step.cache.keys, *step.cache.values]
     return [None if t is None else (t.data_ptr(), tuple(t.shape), t.dtype) for t in tensors]
@@ -80,7 +69,7 @@ class Recorder:
     def __call__(self, step, run):
         lengths, step.cache.lengths = step.cache.lengths, None
         picked = bool(step.results)
-        with nothing_comes_to_the_host():
+        with host_left_out():
             run(step)
         step.cache.lengths = lengths
         self.capacities.add(step.cache.capacity)
@@ -255,7 +244,7 @@ def test_windows_go_on_without_the_host(
     batch.join(*drawings)
     while batch:
         window = min(window, 16 // sum(len(drawing.prompts) for drawing in batch.running or drawings) - 1)
-        most.append(ahead // (1 + window))
+        most.append(min(Drawing.passes_ahead, ahead // (1 + window)))
         before = batch.forward_passes
         for drawing, tokens in batch.step():
             gained[drawing] += tokens
@@ -263,6 +252,61 @@ def test_windows_go_on_without_the_host(
     assert [drawing.drawn().tolist() for drawing in drawings] == expected
     assert list(gained.values()) == [drawing.tokens for drawing in drawings]
     assert len(waited) == len(most) and batch.forward_passes <= max(h * w for h, w in sizes)
+
+
+def shapes_of_passes(monkeypatch):
+    shapes, run = [], decoding.Pass.run
+    monkeypatch.setattr(decoding.Pass, "run", lambda step: shapes.append(tuple(step.ids.shape)) or run(step))
+    return shapes
+
+
+@pytest.mark.parametrize("window", [1, 15])
+def test_few_passes_are_in_vain(language_model, request, monkeypatch, window):
+    request.getfixturevalue("on_a_card")
+    with monkeypatch.context() as patch:  # undone before what the fixture has put there
+        shapes = shapes_of_passes(patch)
+        batch = Batch(language_model, "jacobi", window)
+        batch.join(*drawings_of([(2, 31)], HOT, 1))
+        while batch:
+            batch.step()
+    assert 0 < batch.forward_passes <= len(shapes) < batch.forward_passes + 8
+
+
+def test_a_pass_has_the_rows_of_its_sequences(language_model, request, monkeypatch):
+    """Where others have left, so that windows stay as large; wherever in the cache they are."""
+    sizes = [(1, 2), (3, 7)]
+    expected = drawn_on_a_cpu(language_model, sizes, HOT, 1)[1]
+    request.getfixturevalue("on_a_card")
+    drawings = drawings_of(sizes, HOT, 1) + drawings_of([(1, 2), (1, 4)], Sampling(seed=9), 1)
+    with monkeypatch.context() as patch:
+        shapes = shapes_of_passes(patch)
+        batch = Batch(language_model, "jacobi")
+        batch.join(*drawings)
+        while batch:
+            batch.step()
+    assert drawings[1].drawn().tolist() == expected
+    assert shapes[0] == (4, 4) and shapes[-1] == (1, 16) and max(rows * new for rows, new in shapes) == 16
+
+
+def test_noise_of_a_position_is_made_once(language_model, request, monkeypatch):
+    """By a CPU and a card, with guesses and without; what is done has none."""
+    made, make = Counter(), Noise._make
+    monkeypatch.setattr(Noise, "_make", lambda noise, p: made.update([(noise, p)]) or make(noise, p))
+
+    def draw(how, window):
+        drawings, batch = drawings_of([(3, 5), (4, 4)], HOT), Batch(language_model, how, window)
+        batch.join(*drawings)
+        while batch:
+            batch.step()
+        assert made == Counter((one.noise, p) for one in drawings for p in range(one.draws))
+        assert not any(one.noise.made for one in drawings)
+        made.clear()
+
+    for device in (None, "on_a_card"):
+        if device:
+            request.getfixturevalue(device)
+        for how, window in (("step", None), ("jacobi", 1), ("jacobi", 3)):
+            draw(how, window)
 
 
 @pytest.mark.parametrize("where, name", [(decoding.Pass, "run"), (Drawing, "accept")], ids=["pass", "accept"])

@@ -2,7 +2,7 @@
 // From Paddle's dtypes to the types of the kernels.
 #pragma once
 
-#include "paddle/extension.h"
+#include "kernel.h"
 #include "simd.h"
 
 // f of a value of the type, where that is float32, float16 or bfloat16; `what` tells in an error what takes these.

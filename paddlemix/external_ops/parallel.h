@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 
 // Calls f(begin, end) for parts of [0, count), each of some pieces; a thread takes the next one when it is done. Large
 // parts come first, since a thread reads memory best where it goes on, and then smaller ones, so that all end together.
@@ -20,11 +21,19 @@ void in_parallel(int64_t count, int64_t piece, int64_t work, F f) {
     return;
   }
   std::atomic<int64_t> next{0};
+  std::exception_ptr error;
 #pragma omp parallel
-  for (int64_t begin = next; begin < count;) {
-    const int64_t end = begin + piece * std::max<int64_t>(1, (count - begin) / (2 * threads * piece));
-    if (!next.compare_exchange_weak(begin, end)) continue;  // begin is now where the others are
-    f(begin, std::min(end, count));
-    begin = next;
+  try {
+    for (int64_t begin = next; begin < count;) {
+      const int64_t end = begin + piece * std::max<int64_t>(1, (count - begin) / (2 * threads * piece));
+      if (!next.compare_exchange_weak(begin, end)) continue;  // begin is now where the others are
+      f(begin, std::min(end, count));
+      begin = next;
+    }
+  } catch (...) {  // out of the region it would end the process
+    next = count;
+#pragma omp critical(emu3_ops_error)
+    error = std::current_exception();
   }
+  if (error) std::rethrow_exception(error);
 }

@@ -53,4 +53,4 @@ std::vector<Tensor> CachedAttention(const Tensor& query, const Tensor& key, cons
 PD_BUILD_OP(cached_attention)
     .Inputs({"Query", "Key", "Value", "Lengths", paddle::Optional("Slots"), paddle::Optional("Allowed")})
     .Outputs({"Out"})
-    .SetKernelFn(PD_KERNEL(CachedAttention));
+    .SetKernelFn(KERNEL(CachedAttention));

@@ -64,7 +64,7 @@ PD_BUILD_OP(causal_attention)
     .Inputs({"query", "key", "value"})
     .Outputs({"out", "logs"})
     .Attrs({"dropout: float", "seed: int"})
-    .SetKernelFn(PD_KERNEL(Attention))
+    .SetKernelFn(KERNEL(Attention))
     .SetInferShapeFn(PD_INFER_SHAPE(AttentionShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(AttentionType));
 
@@ -72,4 +72,4 @@ PD_BUILD_GRAD_OP(causal_attention)
     .Inputs({"query", "key", "value", "out", "logs", paddle::Grad("out")})
     .Outputs({paddle::Grad("query"), paddle::Grad("key"), paddle::Grad("value")})
     .Attrs({"dropout: float", "seed: int"})
-    .SetKernelFn(PD_KERNEL(AttentionGrad));
+    .SetKernelFn(KERNEL(AttentionGrad));

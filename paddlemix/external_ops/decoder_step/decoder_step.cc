@@ -197,4 +197,4 @@ PD_BUILD_OP(decoder_step)
              "Sine", "Key", "Value", "Lengths", paddle::Optional("Slots"), paddle::Optional("Allowed")})
     .Outputs({"Out"})
     .Attrs({"epsilon: double"})
-    .SetKernelFn(PD_KERNEL(DecoderStep));
+    .SetKernelFn(KERNEL(DecoderStep));

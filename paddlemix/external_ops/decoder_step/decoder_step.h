@@ -71,6 +71,7 @@ class Floats {
   static constexpr int64_t LARGEST_KEPT = 1 << 24;  // 64 MB: twice what a part of a prompt takes in the released model
   static std::vector<Memory>& kept() {
     static thread_local std::vector<Memory> all;
+    all.reserve(MOST_KEPT + 1);  // here, and not in a destructor, may memory be missing
     return all;
   }
   Memory memory;

@@ -66,10 +66,10 @@ std::vector<Tensor> QuantizeWeight(const Tensor& weight, int bits) {
 PD_BUILD_OP(few_rows_linear)
     .Inputs({"X", "Weight", paddle::Optional("Scale")})
     .Outputs({"Out"})
-    .SetKernelFn(PD_KERNEL(FewRowsLinear));
+    .SetKernelFn(KERNEL(FewRowsLinear));
 
 PD_BUILD_OP(quantize_weight)
     .Inputs({"Weight"})
     .Outputs({"Codes", "Scale"})
     .Attrs({"bits: int"})
-    .SetKernelFn(PD_KERNEL(QuantizeWeight));
+    .SetKernelFn(KERNEL(QuantizeWeight));

@@ -47,4 +47,4 @@ PD_BUILD_OP(float_product)
     .Outputs({"y"})
     .Attrs({"x_turned: bool", "weight_turned: bool", "add: bool"})
     .SetInplaceMap({{"into", "y"}})
-    .SetKernelFn(PD_KERNEL(FloatProduct));
+    .SetKernelFn(KERNEL(FloatProduct));

@@ -26,4 +26,4 @@ PD_BUILD_OP(fused_cross_entropy)
     .Inputs({"logits", "labels", "losses"})
     .Outputs({"gradient", "sums"})
     .SetInplaceMap({{"logits", "gradient"}, {"losses", "sums"}})
-    .SetKernelFn(PD_KERNEL(CrossEntropy));
+    .SetKernelFn(KERNEL(CrossEntropy));

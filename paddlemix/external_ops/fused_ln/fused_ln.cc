@@ -149,30 +149,30 @@ PD_BUILD_OP(fused_rms_norm)
     .Inputs({"x", "scale"})
     .Outputs({"y", "rstd"})
     .Attrs({"epsilon: float"})
-    .SetKernelFn(PD_KERNEL(RmsNorm))
+    .SetKernelFn(KERNEL(RmsNorm))
     .SetInferShapeFn(PD_INFER_SHAPE(RmsNormShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(RmsNormType));
 
 PD_BUILD_GRAD_OP(fused_rms_norm)
     .Inputs({"x", "scale", "rstd", paddle::Grad("y")})
     .Outputs({paddle::Grad("x"), paddle::Grad("scale")})
-    .SetKernelFn(PD_KERNEL(RmsNormGrad));
+    .SetKernelFn(KERNEL(RmsNormGrad));
 
 PD_BUILD_OP(fused_ln)
     .Inputs({"x", "scale", "bias"})
     .Outputs({"y", "mean", "rstd"})
     .Attrs({"epsilon: float"})
-    .SetKernelFn(PD_KERNEL(LayerNorm))
+    .SetKernelFn(KERNEL(LayerNorm))
     .SetInferShapeFn(PD_INFER_SHAPE(LayerNormShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(LayerNormType));
 
 PD_BUILD_GRAD_OP(fused_ln)
     .Inputs({"x", "scale", "bias", "mean", "rstd", paddle::Grad("y")})
     .Outputs({paddle::Grad("x"), paddle::Grad("scale"), paddle::Grad("bias")})
-    .SetKernelFn(PD_KERNEL(LayerNormGrad));
+    .SetKernelFn(KERNEL(LayerNormGrad));
 
 #ifdef PADDLE_WITH_CUDA
 // Says by being there that the operators compute on a GPU: external_ops.operators_for asks for its name.
 static std::vector<paddle::Tensor> Same(const paddle::Tensor& x) { return {x}; }
-PD_BUILD_OP(emu3_ops_cuda).Inputs({"x"}).Outputs({"y"}).SetKernelFn(PD_KERNEL(Same));
+PD_BUILD_OP(emu3_ops_cuda).Inputs({"x"}).Outputs({"y"}).SetKernelFn(KERNEL(Same));
 #endif

@@ -3,7 +3,7 @@
 #include "nearest_codeword.h"
 
 #include "nearest_codeword_cuda.h"
-#include "paddle/extension.h"
+#include "../kernel.h"
 
 namespace {
 
@@ -32,4 +32,4 @@ std::vector<Tensor> NearestCodeword(const Tensor& latents, const Tensor& latent_
 PD_BUILD_OP(nearest_codeword)
     .Inputs({"latents", "latent_squares", "codebook", "codeword_squares"})
     .Outputs({"codes"})
-    .SetKernelFn(PD_KERNEL(NearestCodeword));
+    .SetKernelFn(KERNEL(NearestCodeword));

@@ -12,6 +12,7 @@ from paddlemix.utils import InputError
 
 from .. import card_fault, operators
 
+MOST_TOKENS = 1 << 19  # that the kernel takes with top_p
 # (rows, positions, tokens, top_k, top_p, whether there is noise) that the kernel is compared in
 COMPARED = [
     (2, 3, 32768, 2048, 1.0, True), (1, 64, 5003, 7, 1.0, True), (2, 1, 4099, 0, 1.0, True),
@@ -41,7 +42,7 @@ def pick_token(logits, noise=None, guidance_scale=1.0, temperature=1.0, top_k=0,
             "logits must be [1 or 2, positions, tokens] and noise [positions, tokens] or None, got "
             f"{list(logits.shape)} and {given}"
         )
-    if card_takes(logits):
+    if card_takes(logits) and (top_p == 1 or logits.shape[2] <= MOST_TOKENS):
         return operators().pick_token(logits, noise, guidance_scale, temperature, top_k, top_p, offset)
     return _with_paddle(logits, noise, guidance_scale, temperature, top_k, top_p, offset)
 
@@ -80,7 +81,7 @@ def keep_top_k(logits, top_k):
     """Logits [..., tokens], minus infinity where they are below the top_k-th largest; 0 keeps all."""
     if not 0 < top_k < logits.shape[-1]:
         return logits
-    return _hidden(logits < _least(logits, top_k), logits)
+    return _filled(logits < _least(logits, top_k), -math.inf, logits)
 
 
 def keep_top_p(logits, top_p):
@@ -95,13 +96,14 @@ def keep_top_p(logits, top_p):
     ordered = logits.sort(axis=-1, descending=True)
     probabilities = paddle.nn.functional.softmax(ordered, axis=-1)
     before = probabilities.cumsum(axis=-1) - probabilities
-    least = paddle.where(before < top_p, ordered, math.inf).min(axis=-1, keepdim=True)
-    return _hidden(logits < least, logits)
+    least = _filled(before >= top_p, math.inf, ordered).min(axis=-1, keepdim=True)
+    return _filled(logits < least, -math.inf, logits)
 
 
-def _hidden(where, logits):
-    """Logits, minus infinity at these. An operator makes that number: what paddle.where makes of it is never freed."""
-    return paddle.where(where, paddle.full([], -math.inf, logits.dtype), logits)
+def _filled(where, number, x):
+    """x, with a number at these places. An operator makes that number: what paddle.where makes of it is copied from the
+    host, for which a card is waited for, and never freed."""
+    return paddle.where(where, paddle.full([], number, x.dtype), x)
 
 
 def card_takes(logits):

@@ -2,7 +2,7 @@
 // Paddle's side of pick_token.cuh and accept_tokens.cuh. __init__.py checks what is given.
 #include "pick_token_cuda.h"
 
-#include "paddle/extension.h"
+#include "../kernel.h"
 
 namespace {
 
@@ -54,9 +54,9 @@ PD_BUILD_OP(pick_token)
     .Inputs({"logits", paddle::Optional("noise")})
     .Outputs({"ids"})
     .Attrs({"guidance_scale: float", "temperature: float", "top_k: int64_t", "top_p: float", "offset: int64_t"})
-    .SetKernelFn(PD_KERNEL(PickToken));
+    .SetKernelFn(KERNEL(PickToken));
 
 PD_BUILD_OP(accept_tokens)
     .Inputs({"ids", "past", "picked", "forced", "table"})
     .Outputs({"next_ids", "next_past"})
-    .SetKernelFn(PD_KERNEL(AcceptTokens));
+    .SetKernelFn(KERNEL(AcceptTokens));

@@ -32,9 +32,9 @@ std::vector<Tensor> Backward(const Tensor& gate, const Tensor& up, const Tensor&
 
 }  // namespace
 
-PD_BUILD_OP(silu_and_mul).Inputs({"gate", "up"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(Forward));
+PD_BUILD_OP(silu_and_mul).Inputs({"gate", "up"}).Outputs({"out"}).SetKernelFn(KERNEL(Forward));
 
 PD_BUILD_GRAD_OP(silu_and_mul)
     .Inputs({"gate", "up", paddle::Grad("out")})
     .Outputs({paddle::Grad("gate"), paddle::Grad("up")})
-    .SetKernelFn(PD_KERNEL(Backward));
+    .SetKernelFn(KERNEL(Backward));

@@ -22,4 +22,4 @@ PD_BUILD_OP(spatial_norm)
     .Outputs({"y"})
     .Attrs({"groups: int64_t", "epsilon: float", "silu: bool"})
     .SetInplaceMap({{"out", "y"}})
-    .SetKernelFn(PD_KERNEL(SpatialNorm));
+    .SetKernelFn(KERNEL(SpatialNorm));

@@ -15,4 +15,4 @@ std::vector<paddle::Tensor> SquareSum(const paddle::Tensor& x) {
 
 }  // namespace
 
-PD_BUILD_OP(square_sum).Inputs({"x"}).Outputs({"sum"}).SetKernelFn(PD_KERNEL(SquareSum));
+PD_BUILD_OP(square_sum).Inputs({"x"}).Outputs({"sum"}).SetKernelFn(KERNEL(SquareSum));

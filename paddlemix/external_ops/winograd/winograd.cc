@@ -50,4 +50,4 @@ PD_BUILD_OP(winograd_conv)
     .Outputs({"y"})
     .Attrs({"doubled: bool", "add: bool", "groups: int64_t", "epsilon: float", "silu: bool"})
     .SetInplaceMap({{"out", "y"}})
-    .SetKernelFn(PD_KERNEL(WinogradConv));
+    .SetKernelFn(KERNEL(WinogradConv));

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <utility>
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -92,12 +93,14 @@ class Buffer {
   float* numbers(int64_t count) {
     constexpr int64_t PAGE = 1 << 21;
     if (count > size) {
-      size = (count * sizeof(float) + PAGE - 1) / PAGE * PAGE / sizeof(float);
-      std::free(start);
-      start = (float*)std::aligned_alloc(PAGE, size * sizeof(float));
+      const int64_t bytes = (count * sizeof(float) + PAGE - 1) / PAGE * PAGE;
+      std::free(std::exchange(start, nullptr));
+      size = 0;  // until there is memory
+      start = (float*)std::aligned_alloc(PAGE, bytes);
       if (!start) throw std::bad_alloc();
+      size = bytes / sizeof(float);
 #if defined(MADV_HUGEPAGE)
-      madvise(start, size * sizeof(float), MADV_HUGEPAGE);
+      madvise(start, bytes, MADV_HUGEPAGE);
 #endif
     }
     return start;

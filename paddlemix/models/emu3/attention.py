@@ -171,6 +171,8 @@ def attend(query, key, value, mask, dropout=0.0):
     if _has_cached_attention(query, key, value, mask, dropout):
         slots = mask.slots if mask.by_row else None
         return cached_attention(query, key, value, mask.lengths(rows), slots, mask.padding)
+    if mask.by_row and mask.slots is not None:
+        key, value = (x.index_select(mask.slots) for x in (key, value))
 
     # queries that share a key head stand side by side, so that a key is read once for all of them
     query = (query / math.sqrt(head_dim)).reshape([rows, new, kv_heads, heads // kv_heads, head_dim])

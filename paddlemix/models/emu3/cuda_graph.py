@@ -16,7 +16,8 @@ class Replayed:
     """Calls of one function. On a card the third one records its kernels; from then on the card repeats these.
 
     What changes from call to call must be in tensors of fixed shape and address, and nothing in it may wait for the
-    card. Where recording fails, one line says so, and Paddle's operators go on.
+    card. Where recording fails, one line says so, and Paddle's operators go on: for good in this process, but where
+    memory was out, until the next reset.
     """
 
     def __init__(self, may_record=True):
@@ -47,7 +48,8 @@ def _recorded(function):
     try:
         return record_cuda_graph(function)
     except Exception as error:  # nothing was computed: whatever it is, Paddle's operators can do without
-        _may_record = False  # after some errors Paddle refuses to begin once more
+        # after some errors Paddle refuses to begin once more; memory may be there the next time
+        _may_record = isinstance(error, MemoryError)
         # the error that ended the recording is the context of the one that it could not be ended
         reason = f"{type(error.__context__ or error).__name__} {error.__context__ or error}"
         logging.getLogger(__name__).warning(

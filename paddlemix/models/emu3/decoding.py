@@ -154,8 +154,9 @@ class Batch:
         self.noise.pop(sequence, None)
         if not (isinstance(sequence, Answer) and self._keep(sequence.prompts[0], slots[0])):
             self.cache.free(slots)
-        if sequence.batch is self:  # a finished sequence that is kept does not keep the cache
+        if sequence.batch is self:  # a finished sequence that is kept does not keep the cache, nor noise
             sequence.batch = None
+            sequence.noise.made.clear()
         self._forget_passes()
 
     def _keep(self, prompt, slot):
@@ -197,7 +198,7 @@ class Batch:
     def step(self, only=None):
         """Read a part of the prompts that wait, and run one pass for all whose prompts are read. On a card, where only
         pictures are drawn and nothing else waits, several: token by token to the end of a row, with windows of guesses
-        as many as may pick Drawing.ahead tokens.
+        Drawing.passes_ahead.
 
         `only`: of these sequences; the others stay as they are. None is all.
 
@@ -300,7 +301,7 @@ class Batch:
         shapes = [shape] + [tuple((sequence, 1 + window, 1 + window) for sequence in group)] * (passes - 1)
         end = int(lengths[rows].max()) + (passes - 1) * (1 + window)
         end = min(end, max(sequence.length for sequence in group))  # where a row stays
-        self._reserve(max(end, int(lengths[rows if self.on_cpu else slice(None)].max())) + new)
+        self._reserve(max(end, int(lengths[rows].max())) + new)
         noise = [self._noise(*each, passes) for each in shape]
         at_once([make for each, start, stop in noise for make in each.missing(start, stop)])
         for each, start, stop in noise:

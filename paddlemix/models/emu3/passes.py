@@ -18,8 +18,8 @@ from .cuda_graph import Replayed
 class Pass:
     """A forward pass of one shape: what changes from one to the next is in tensors of fixed shape and address.
 
-    A CUDA graph of `run` is replayed at each position, until a sequence comes or goes or the cache grows. On a GPU all
-    slots of the cache are its rows, so that no key is moved; on a CPU those of its sequences.
+    A CUDA graph of `run` is replayed at each position, until a sequence comes or goes or the cache grows. Its rows are
+    the slots of its sequences; on a GPU, where these are all slots of the cache, in the cache's order.
 
     Args:
         batch: Batch.
@@ -31,11 +31,10 @@ class Pass:
         self.model, self.cache, self.shape = batch.model, batch.cache, shape
         self.rows = [batch.slots[sequence] for sequence, _, _ in shape]  # of each sequence in the pass
         slots = [slot for row in self.rows for slot in row]
-        self.slots = None
-        if batch.on_cpu:
-            self.slots, numbers = paddle.to_tensor(slots), iter(range(len(slots)))
+        self.slots, self.row_slots = None, np.arange(self.cache.slots)
+        if batch.on_cpu or len(slots) < self.cache.slots:
+            self.slots, self.row_slots, numbers = upload(np.array(slots)), np.array(slots), iter(range(len(slots)))
             self.rows = [[next(numbers) for _ in row] for row in self.rows]
-        self.row_slots = np.array(slots) if batch.on_cpu else np.arange(self.cache.slots)
         self.ids = paddle.zeros([len(self.row_slots), new], "int64")
         self.past = paddle.zeros([len(self.row_slots)], "int64")
         self.results = None
@@ -142,8 +141,8 @@ class DeviceNoise:
         self.rows = None if sequence.sampling.is_greedy else paddle.zeros([count, self.noise.size])
 
     def missing(self, start, stop):
-        """As sampling.Noise; the sequence ends before some positions."""
-        return self.noise.missing(start, min(stop, self.end))
+        """As sampling.Noise, without what is on the device; the sequence ends before some positions."""
+        return self.noise.missing(max(start, self.stop), min(stop, self.end))
 
     def fill(self, start, stop):
         """Have the noise of these positions, in place of earlier ones; nothing waits for it."""

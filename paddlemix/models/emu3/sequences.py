@@ -39,6 +39,7 @@ class Drawing:
     """
 
     ahead = 128  # tokens that passes on a card may pick before the host looks; as many positions' noise is there
+    passes_ahead = 8  # with guesses at most: those behind a picture's end are in vain, and another prompt waits for all
 
     def __init__(
         self, prompt, size, grammar, negative_prompt=None, guidance_scale=3.0, sampling=None, number=0, drawn=None
@@ -129,7 +130,8 @@ class Drawing:
         one: what that picks is lost."""
         is_open = self.forced[self._next() :] < 0
         tokens = int(is_open.sum()) if window or is_open.all() else int(is_open.argmin())
-        return max(1, min(tokens, self.ahead // (1 + window)))
+        most = self.ahead // (1 + window)
+        return max(1, min(tokens, most, self.passes_ahead if window else most))
 
     def pick(self, logits, noise):
         """Logits float32 [rows, picked, tokens] -> ids int64 [picked]"""
