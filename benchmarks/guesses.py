@@ -83,6 +83,9 @@ class Kept:
     def missing(self, start, stop):
         return []
 
+    def forget(self):
+        """Nothing: other drawings of the seed need it."""
+
 
 @functools.cache
 def _noise(seed, number, size, position):

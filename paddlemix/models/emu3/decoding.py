@@ -156,7 +156,7 @@ class Batch:
             self.cache.free(slots)
         if sequence.batch is self:  # a finished sequence that is kept does not keep the cache, nor noise
             sequence.batch = None
-            sequence.noise.made.clear()
+            sequence.noise.forget()
         self._forget_passes()
 
     def _keep(self, prompt, slot):

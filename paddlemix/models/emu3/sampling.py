@@ -101,5 +101,9 @@ class Noise:
         self.made = {position: self.made[position] for position in list(self.made) if position >= start}
         return [functools.partial(self._make, p) for p in range(start, stop) if p not in self.made]
 
+    def forget(self):
+        """What is made; it is made again where it is asked for."""
+        self.made = {}
+
     def _make(self, position):
         self.made[position] = self.sampling.noise(self.number, position, self.size)
