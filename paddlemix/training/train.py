@@ -209,7 +209,9 @@ def load_model(settings, config, checkpoint, tokens, ranks, progress):
         raise InputError("this card has no bfloat16, and float16 cannot be trained: give dtype float32")
     rank = settings.lora_rank if settings.lora else 0
     activation = 4 if paddle.get_device() == "cpu" or dtype == "float32" else 2
-    parts = training_bytes(config, dtype, tokens, rank, settings.recompute, ranks.count, activation)
+    parts = training_bytes(
+        config, dtype, tokens, rank, settings.recompute, ranks.count, activation, settings.lora_dropout
+    )
     purpose = f"to train {settings.model_path} in {dtype} with {tokens} tokens at once (GB: " + ", ".join(
         f"{name} {size / 1e9:.1f}" for name, size in parts.items()
     )
