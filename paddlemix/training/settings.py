@@ -32,7 +32,7 @@ class Settings:
     min_learning_rate: float = setting(1e-6, "at the end of the cosine", 0, 1)
     warmup_steps: int = setting(30, "in which the learning rate grows from 0", 0)
     weight_decay: float = setting(0.1, "of matrices", 0, 10)
-    max_grad_norm: float = setting(5.0, "a longer gradient is cut to it", 1e-9, 1e9)
+    max_grad_norm: float = setting(5.0, "a longer gradient is cut to it; 0: none is", 0, 1e9)
     null_prompt_prob: float = setting(0.05, "how often a drawing's text is left away, for guidance", 0, 1)
     apply_loss_on_only_vision: bool = setting(True, "of drawings, learn the visual tokens; False: all tokens")
     apply_loss_on_only_text: bool = setting(False, "of drawings, learn the text instead")
