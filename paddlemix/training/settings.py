@@ -100,9 +100,10 @@ class Settings:
         targets = targets[0] if targets in (("all-linear",),) else targets or PROJECTIONS
         return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, targets)
 
-    def job(self, rows, rows_of_step):
+    def job(self, rows, rows_of_step, digest):
         """What decides the numbers of a run: a checkpoint of other values is not gone on with."""
         free = ("output_dir", "data_path", "save_steps", "save_total_limit", "eval_steps", "sample_prompt", "recompute",
                 "vq_model_path", "per_device_train_batch_size", "gradient_accumulation_steps")  # fmt: skip
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in free}
-        return json.loads(json.dumps({**values, "rows of the data": rows, "rows of a step": rows_of_step}))
+        values |= {"rows of the data": rows, "rows of a step": rows_of_step, "digest of the data": f"{digest:08x}"}
+        return json.loads(json.dumps(values))

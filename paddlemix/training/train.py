@@ -51,7 +51,7 @@ def train(settings, stop, progress=False):
     asked = at_once * settings.gradient_accumulation_steps * ranks.count
     count = rows_of_step_before(folder) or asked  # the steps stay what they were, whatever the number of processes
     max_steps = settings.max_steps or math.ceil(settings.num_train_epochs * len(rows.trained) / count)
-    job = settings.job(len(data), count)
+    job = settings.job(len(data), count, data.digest)
     checkpoint, done = last_checkpoint(folder, job)
     model, weights, write_model = load_model(settings, config, checkpoint, at_once * rows.longest, ranks, progress)
     optimizer = AdamW(weights, settings.weight_decay, ranks)
@@ -87,16 +87,16 @@ def train(settings, stop, progress=False):
     for step in range(done, max_steps):
         started = time.perf_counter()
         paddle.seed(zlib.crc32(f"{settings.seed} {step} {ranks.rank}".encode()))  # of dropout
-        batch = rows.of_step(step, count)
-        labels, tokens = (sum(f(row) for row in batch) for f in (lambda r: r.num_labels, lambda r: len(r.ids)))
-        own = batch[ranks.rank :: ranks.count]
+        own = rows.of_step(step, count, ranks.rank, ranks.count)
+        counts = sum(row.num_labels for row in own), sum(len(row.ids) for row in own)
+        labels, tokens = map(int, ranks.sum_numbers(*counts))
         model.train()
         loss, bad = 0.0, []
-        for first in range(0, math.ceil(len(batch) / ranks.count), at_once):  # as many backward passes for everyone
+        for first in range(0, math.ceil(count / ranks.count), at_once):  # as many backward passes for everyone
             if stops := ranks.sum_numbers(float(stop.is_set()))[0]:
                 break
             some = own[first : first + at_once]
-            part = loss_of(some or batch[:1]) / labels * bool(some)
+            part = loss_of(some or rows.of_step(step, 1)) / labels * bool(some)
             optimizer.backward(part)
             loss += float(part)
             bad += [] if math.isfinite(float(part)) else [row.id for row in some]
@@ -109,7 +109,7 @@ def train(settings, stop, progress=False):
                                   settings.min_learning_rate)  # fmt: skip
         norm = optimizer.step(rate, settings.max_grad_norm)
         if not math.isfinite(norm):
-            refuse(step, "gradient", norm, [row.id for row in batch], checkpoint)
+            refuse(step, "gradient", norm, sum(ranks.gather([row.id for row in own]), []), checkpoint)
         done, seconds = step + 1, time.perf_counter() - started
         yield event(
             done, loss=loss, learning_rate=rate, grad_norm=norm, epoch=done * count / len(rows.trained), tokens=tokens,
@@ -119,7 +119,7 @@ def train(settings, stop, progress=False):
         if done % settings.eval_steps == 0 or is_last:
             model.eval()
             if len(rows.held_out):
-                yield event(done, eval_loss=evaluate(rows.of_evaluation(), loss_of, at_once, ranks))
+                yield event(done, eval_loss=evaluate(rows.of_evaluation(ranks.rank, ranks.count), loss_of, at_once, ranks))
             if settings.sample_prompt:
                 yield event(done, samples=ranks.together(partial(draw_samples, settings, model, done, stop, ranks)))
         if done % settings.save_steps == 0 or is_last:
@@ -132,11 +132,9 @@ def train(settings, stop, progress=False):
         log.close()
 
 
-def evaluate(rows, loss_of, at_once, ranks):
-    """The mean loss of the labels of rows."""
+def evaluate(own, loss_of, at_once, ranks):
+    """The mean loss of the labels of all processes' rows."""
     import paddle
-
-    own = rows[ranks.rank :: ranks.count]
 
     @paddle.no_grad()
     def loss_of_own():
