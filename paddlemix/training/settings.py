@@ -37,8 +37,8 @@ class Settings:
     apply_loss_on_only_vision: bool = setting(True, "of drawings, learn the visual tokens; False: all tokens")
     apply_loss_on_only_text: bool = setting(False, "of drawings, learn the text instead")
     add_eos: bool = setting(False, "end drawings with an end of sequence, and learn it")
-    image_area: int = setting(0, "of pictures, for the new config.json; 0: the model's", 0)
-    max_position_embeddings: int = setting(0, "tokens of a row at most, for the new config.json; 0: the model's", 0)
+    image_area: int = setting(0, "of samples, and for the new config.json, which an adapter lacks; 0: the model's", 0)
+    max_position_embeddings: int = setting(0, "tokens of a row at most, likewise; 0: the model's", 0)
     dtype: str = setting(
         None,
         "of the weights; 16 bits have float32 masters in the optimizer, int8 and int4 are for --lora (default: "
