@@ -236,14 +236,21 @@ def test_a_conversation(command, folder):
     texts = ["<image> one", "two", "three", "four <image>", "five", "six"]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     llava = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    write_lines("talk.jsonl", [
+    lines = [
         {"id": "x", "messages": messages, "images": ["images/0.png"]},
         {"id": "y", "conversations": llava, "image": "images/0.png"},
-    ])  # fmt: skip
+        {"id": "z", "text": "a ring", "image": "images/0.png"},
+    ]
+    names = {name for line in lines for name in line}
+    lines += [dict.fromkeys(names) | line | {"id": line["id"] * 2} for line in lines]  # as Parquet has them
+    write_lines("talk.jsonl", lines)
     assert command(*arguments("talk.jsonl"))[0] == 0
-    for row in rows_in():
+    rows = rows_in()
+    for row in rows[:2] + rows[3:5]:
         assert (row["text"], row["response"]) == ("one", "two")
         assert row["turns"] == [{"text": "three", "response": "four"}, {"text": "five", "response": "six"}]
+    for row in (rows[2], rows[5]):
+        assert (row["text"], row["response"], row["turns"], row["error"]) == ("a ring", None, None, None)
 
 
 def test_an_image_of_several_rows_is_encoded_once(command, folder, monkeypatch):

@@ -63,7 +63,7 @@ def last_checkpoint(folder, job):
     found = checkpoints_of_run(folder)
     if not found:
         return None, 0
-    state = read_json(found[-1] / STATE)
+    state = _read_state(found[-1])
     for name, value in job.items():
         if state["job"].get(name) != value:
             raise InputError(
@@ -76,7 +76,15 @@ def last_checkpoint(folder, job):
 def rows_of_step_before(folder):
     """Rows of a step of the run that a folder holds; 0 where it holds none."""
     found = checkpoints_of_run(folder)
-    return read_json(found[-1] / STATE)["job"]["rows of a step"] if found else 0
+    return _read_state(found[-1])["job"]["rows of a step"] if found else 0
+
+
+def _read_state(checkpoint):
+    state = read_json(checkpoint / STATE)
+    job = state.get("job")
+    if type(state.get("step")) is not int or not isinstance(job, dict) or type(job.get("rows of a step")) is not int:
+        raise InputError(f"{checkpoint / STATE} is not of `emu3 train`: give another --output_dir")
+    return state
 
 
 def load_optimizer(path, optimizer):

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from paddlemix.utils import replacing
+from paddlemix.utils import InputError, replacing
 
 LOG, FIGURE, VISUALDL = "log.jsonl", "curves.png", "visualdl"
 SHOWN = {
@@ -70,15 +70,20 @@ class Log:
 
 
 def read_log(path):
-    """The lines of a log; the last one may have been cut off by a kill."""
+    """The lines of a log; the last one may have been cut off by a kill. InputError: it is not of a training run."""
     if not os.path.exists(path):
         return []
-    lines = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
+    texts, lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), []
+    for i, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
-            break
+            if i == len(texts):
+                break
+            line = None
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            raise InputError(f"{path}, line {i}, is not of `emu3 train`: give another --output_dir")
+        lines.append(line)
     return lines
 
 

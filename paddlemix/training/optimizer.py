@@ -86,8 +86,8 @@ class AdamW:
 
     @paddle.no_grad()
     def step(self, learning_rate, max_norm):
-        """Cut the norm of the gradients of all backward passes since the last step to `max_norm`, and change the
-        weights.
+        """Cut the norm of the gradients of all backward passes since the last step to `max_norm`, unless that is 0,
+        and change the weights.
 
         Returns:
             the norm before that, a float; where it is not finite nothing has changed.
@@ -95,7 +95,7 @@ class AdamW:
         squares = sum(map(square_sum, self.gradients.values()))
         norm = math.sqrt(self.ranks.sum_numbers(squares)[0])
         if math.isfinite(norm) and self.masters:
-            scale = min(1.0, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ has it
+            scale = min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0  # as torch.nn.utils.clip_grad_norm_
             for name, gradient in self.gradients.items():
                 self.masters[name].grad = gradient.scale_(scale) if scale < 1 else gradient
             self.adamw.set_lr(learning_rate)

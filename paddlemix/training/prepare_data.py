@@ -38,11 +38,11 @@ def example_of(values):
         turns = [turn if isinstance(turn, dict) else {} for turn in values["conversations"]]
         messages = [{"role": ROLES.get(turn.get("from")), "content": turn.get("value")} for turn in turns]
         values = {**values, "messages": messages}
-    if "messages" not in values:
+    if values.get("messages") is None:  # Parquet has null where a row lacks a column
         response = values.get("response")
         response = None if response is None else text_of("response", response)
         return text_of("text", values.get("text")), response, None, image
-    if "images" in values:
+    if values.get("images") is not None:
         images = values["images"]
         if not isinstance(images, list) or len(images) != 1:
             raise InputError(f"images must be a list of one image, got {shown(images)}")

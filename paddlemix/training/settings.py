@@ -32,13 +32,13 @@ class Settings:
     min_learning_rate: float = setting(1e-6, "at the end of the cosine", 0, 1)
     warmup_steps: int = setting(30, "in which the learning rate grows from 0", 0)
     weight_decay: float = setting(0.1, "of matrices", 0, 10)
-    max_grad_norm: float = setting(5.0, "a longer gradient is cut to it", 1e-9, 1e9)
+    max_grad_norm: float = setting(5.0, "a longer gradient is cut to it; 0: none is", 0, 1e9)
     null_prompt_prob: float = setting(0.05, "how often a drawing's text is left away, for guidance", 0, 1)
     apply_loss_on_only_vision: bool = setting(True, "of drawings, learn the visual tokens; False: all tokens")
     apply_loss_on_only_text: bool = setting(False, "of drawings, learn the text instead")
     add_eos: bool = setting(False, "end drawings with an end of sequence, and learn it")
-    image_area: int = setting(0, "of pictures, for the new config.json; 0: the model's", 0)
-    max_position_embeddings: int = setting(0, "tokens of a row at most, for the new config.json; 0: the model's", 0)
+    image_area: int = setting(0, "of samples, and for the new config.json, which an adapter lacks; 0: the model's", 0)
+    max_position_embeddings: int = setting(0, "tokens of a row at most, likewise; 0: the model's", 0)
     dtype: str = setting(
         None,
         "of the weights; 16 bits have float32 masters in the optimizer, int8 and int4 are for --lora (default: "
@@ -100,9 +100,10 @@ class Settings:
         targets = targets[0] if targets in (("all-linear",),) else targets or PROJECTIONS
         return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, targets)
 
-    def job(self, rows, rows_of_step):
+    def job(self, rows, rows_of_step, digest):
         """What decides the numbers of a run: a checkpoint of other values is not gone on with."""
         free = ("output_dir", "data_path", "save_steps", "save_total_limit", "eval_steps", "sample_prompt", "recompute",
                 "vq_model_path", "per_device_train_batch_size", "gradient_accumulation_steps")  # fmt: skip
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in free}
-        return json.loads(json.dumps({**values, "rows of the data": rows, "rows of a step": rows_of_step}))
+        values |= {"rows of the data": rows, "rows of a step": rows_of_step, "digest of the data": f"{digest:08x}"}
+        return json.loads(json.dumps(values))

@@ -5,6 +5,8 @@ import math
 import shutil
 import time
 import zlib
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -46,12 +48,15 @@ def train(settings, stop, progress=False):
     ranks, folder, at_once = Ranks(GOES_ON), Path(settings.output_dir), settings.per_device_train_batch_size
     folder.mkdir(parents=True, exist_ok=True)
     config, prompts = open_model(settings)
+    settings = replace(settings, dtype=weight_dtype(settings, config))
     data = PreparedData(settings.data_path, prompts.grammar.codebook_size)
     rows = Rows(data, prompts, settings, config.max_position_embeddings)
+    if settings.sample_prompt and ranks.rank == 0:
+        open_sampler(settings, config, prompts)  # a mistake ends the run now, not after hours
     asked = at_once * settings.gradient_accumulation_steps * ranks.count
     count = rows_of_step_before(folder) or asked  # the steps stay what they were, whatever the number of processes
     max_steps = settings.max_steps or math.ceil(settings.num_train_epochs * len(rows.trained) / count)
-    job = settings.job(len(data), count)
+    job = settings.job(len(data), count, data.digest)
     checkpoint, done = last_checkpoint(folder, job)
     model, weights, write_model = load_model(settings, config, checkpoint, at_once * rows.longest, ranks, progress)
     optimizer = AdamW(weights, settings.weight_decay, ranks)
@@ -70,10 +75,24 @@ def train(settings, stop, progress=False):
 
     def save(step):
         limit = settings.save_total_limit
-        path = save_checkpoint(folder, step, job, write_model, optimizer, ranks, limit)
-        if log:
+        return event(step, checkpoint=str(save_checkpoint(folder, step, job, write_model, optimizer, ranks, limit)))
+
+    def measure(step):
+        """The loss of held-out rows and samples, where it is time and log.jsonl does not have them."""
+        if step % settings.eval_steps and step != max_steps:
+            return
+        there = ranks.gather([name for line in log.lines if line["step"] == step for name in line] if log else [])[0]
+        model.eval()
+        if len(rows.held_out) and "eval_loss" not in there:
+            loss = evaluate(rows.of_evaluation(ranks.rank, ranks.count), loss_of, at_once, ranks, stop)
+            if loss is not None:
+                yield event(step, eval_loss=loss)
+        if settings.sample_prompt and "samples" not in there:
+            draw = partial(draw_samples, settings, config, prompts, model, step, stop) if ranks.rank == 0 else list
+            if paths := ranks.together(draw):
+                yield event(step, samples=paths)
+        if log and step < max_steps:
             log.draw()
-        return event(step, checkpoint=str(path))
 
     shares = f"{len(rows.trained)} rows to train, {len(rows.held_out)} held out"
     yield event(done, max_steps=max_steps, note=f"{shares}, {count} a step, {max_steps} steps")
@@ -81,22 +100,26 @@ def train(settings, stop, progress=False):
         yield event(done, note=f"{data.failed} rows have an error in the data and are left out")
     if count != asked:
         yield event(done, note=f"a step keeps the {count} rows that it began with; these options give {asked}")
+    if settings.lora and (settings.image_area or settings.max_position_embeddings):
+        text = "image_area and max_position_embeddings are of this run: an adapter has no config.json that keeps them"
+        yield event(done, note=text)
     if checkpoint:
         yield event(done, note=f"going on from {checkpoint}")
+        yield from measure(done)  # which the end of the run before may have cut off
     saved = done
     for step in range(done, max_steps):
         started = time.perf_counter()
         paddle.seed(zlib.crc32(f"{settings.seed} {step} {ranks.rank}".encode()))  # of dropout
-        batch = rows.of_step(step, count)
-        labels, tokens = (sum(f(row) for row in batch) for f in (lambda r: r.num_labels, lambda r: len(r.ids)))
-        own = batch[ranks.rank :: ranks.count]
+        own = rows.of_step(step, count, ranks.rank, ranks.count)
+        counts = sum(row.num_labels for row in own), sum(len(row.ids) for row in own)
+        labels, tokens = map(int, ranks.sum_numbers(*counts))
         model.train()
         loss, bad = 0.0, []
-        for first in range(0, math.ceil(len(batch) / ranks.count), at_once):  # as many backward passes for everyone
+        for first in range(0, math.ceil(count / ranks.count), at_once):  # as many backward passes for everyone
             if stops := ranks.sum_numbers(float(stop.is_set()))[0]:
                 break
             some = own[first : first + at_once]
-            part = loss_of(some or batch[:1]) / labels * bool(some)
+            part = loss_of(some or rows.of_step(step, 1)) / labels * bool(some)
             optimizer.backward(part)
             loss += float(part)
             bad += [] if math.isfinite(float(part)) else [row.id for row in some]
@@ -109,57 +132,66 @@ def train(settings, stop, progress=False):
                                   settings.min_learning_rate)  # fmt: skip
         norm = optimizer.step(rate, settings.max_grad_norm)
         if not math.isfinite(norm):
-            refuse(step, "gradient", norm, [row.id for row in batch], checkpoint)
+            refuse(step, "gradient", norm, sum(ranks.gather([row.id for row in own]), []), checkpoint)
         done, seconds = step + 1, time.perf_counter() - started
         yield event(
             done, loss=loss, learning_rate=rate, grad_norm=norm, epoch=done * count / len(rows.trained), tokens=tokens,
             seconds=seconds, tokens_per_second=tokens / seconds, memory=peak_memory(),
         )  # fmt: skip
-        is_last = done == max_steps
-        if done % settings.eval_steps == 0 or is_last:
-            model.eval()
-            if len(rows.held_out):
-                yield event(done, eval_loss=evaluate(rows.of_evaluation(), loss_of, at_once, ranks))
-            if settings.sample_prompt:
-                yield event(done, samples=ranks.together(partial(draw_samples, settings, model, done, stop, ranks)))
-        if done % settings.save_steps == 0 or is_last:
+        if done % settings.save_steps == 0 or done == max_steps:
             saved = done
             yield save(done)
             checkpoint = folder / f"checkpoint-{done}"
+        yield from measure(done)  # last, so that its errors cost nothing
     if saved < done:
         yield save(done)
     if log:
+        log.draw()
         log.close()
 
 
-def evaluate(rows, loss_of, at_once, ranks):
-    """The mean loss of the labels of rows."""
+def evaluate(own, loss_of, at_once, ranks, stop):
+    """The mean loss of the labels of all processes' rows; None where it is stopped."""
     import paddle
-
-    own = rows[ranks.rank :: ranks.count]
 
     @paddle.no_grad()
     def loss_of_own():
-        return sum(float(loss_of(own[first : first + at_once])) for first in range(0, len(own), at_once))
+        starts = range(0, len(own), at_once)
+        return sum(float(loss_of(own[first : first + at_once])) for first in starts if not stop.is_set())
 
-    loss, labels = ranks.sum_numbers(ranks.together(loss_of_own), sum(row.num_labels for row in own))
-    return loss / labels
+    loss = ranks.together(loss_of_own)
+    loss, labels, stops = ranks.sum_numbers(loss, sum(row.num_labels for row in own), float(stop.is_set()))
+    return None if stops else loss / labels
 
 
-def draw_samples(settings, model, step, stop, ranks):
-    """Draw the sample prompts with the model as it is, in the first process. Returns the paths of the pictures; none
-    where it is stopped."""
+def open_sampler(settings, config, prompts):
+    """The Emu3Pipeline that draws samples. No weights are read. InputError: a prompt that cannot be, or no vision
+    tokenizer that belongs to the model."""
+    from paddlemix.models.emu3 import Emu3VisionVQModel
+    from paddlemix.models.emu3.image_grammar import ImageGrammar
     from paddlemix.pipelines import Emu3Pipeline
+
+    emu3 = Emu3Pipeline(settings.model_path, settings.vq_model_path)
+    emu3.config = config  # with the area that is asked for
+    emu3.check_generate(list(settings.sample_prompt), seed=settings.seed)
+    _ = emu3.defaults, emu3.image_processor
+    with closing(Emu3VisionVQModel.open_pretrained(emu3.vq_model_path)) as checkpoint:
+        ImageGrammar.from_tokenizer(prompts.tokenizer, checkpoint.model.config.codebook_size)
+    return emu3
+
+
+def draw_samples(settings, config, prompts, model, step, stop):
+    """Draw the sample prompts with the model as it is. Returns the paths of the pictures; none where it is stopped."""
     from paddlemix.results import save_picture
 
-    if ranks.rank:
+    if stop.is_set():
         return []
-    emu3, folder = Emu3Pipeline(settings.model_path, settings.vq_model_path), Path(settings.output_dir) / "samples"
+    emu3, folder = open_sampler(settings, config, prompts), Path(settings.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
     emu3.model, paths = model, []
     drawing = emu3.generate_steps(list(settings.sample_prompt), seed=settings.seed)
     if any(stop.is_set() for _ in drawing):
-        return paths
+        return []
     for i, image in enumerate(drawing.images()):
         paths.append(folder / f"step_{step:06d}_{i}.png")
         save_picture(image, paths[-1])
@@ -187,7 +219,24 @@ def open_model(settings):
         config.check_tokenizer(tokenizer)
     except InputError as error:
         raise InputError(f"{settings.model_path}: {error}") from None
+    if config.quantized_dtype and not settings.lora:
+        raise InputError(
+            f"{settings.model_path} is {config.quantized_dtype}, and such weights cannot be trained: add --lora, or "
+            "take what it was made from"
+        )
     return config, Prompts(tokenizer, ImageGrammar.from_config(config, tokenizer.encode))
+
+
+def weight_dtype(settings, config):
+    """The dtype of the weights, where none is given that of the checkpoint or of the device."""
+    import paddle
+
+    dtype = settings.dtype or config.quantized_dtype or (
+        "float32" if paddle.get_device() == "cpu" else half_dtype()
+    )  # fmt: skip
+    if dtype == "float16":
+        raise InputError("this card has no bfloat16, and float16 cannot be trained: give dtype float32")
+    return dtype
 
 
 def load_model(settings, config, checkpoint, tokens, ranks, progress):
@@ -202,14 +251,11 @@ def load_model(settings, config, checkpoint, tokens, ranks, progress):
     from paddlemix.models.emu3.needs import training_bytes
     from paddlemix.models.emu3.tokenization_emu3 import files_beside
 
-    dtype = settings.dtype or config.quantized_dtype or (
-        "float32" if paddle.get_device() == "cpu" else half_dtype()
-    )  # fmt: skip
-    if dtype == "float16":
-        raise InputError("this card has no bfloat16, and float16 cannot be trained: give dtype float32")
-    rank = settings.lora_rank if settings.lora else 0
+    dtype, rank = settings.dtype, settings.lora_rank if settings.lora else 0
     activation = 4 if paddle.get_device() == "cpu" or dtype == "float32" else 2
-    parts = training_bytes(config, dtype, tokens, rank, settings.recompute, ranks.count, activation)
+    parts = training_bytes(
+        config, dtype, tokens, rank, settings.recompute, ranks.count, activation, settings.lora_dropout
+    )
     purpose = f"to train {settings.model_path} in {dtype} with {tokens} tokens at once (GB: " + ", ".join(
         f"{name} {size / 1e9:.1f}" for name, size in parts.items()
     )

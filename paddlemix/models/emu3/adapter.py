@@ -15,10 +15,9 @@ import numpy as np
 
 from paddlemix.utils import InputError, read_json, real_number, replacing, shown, whole_number
 
-from .hub import PICKLE_SUFFIXES, fetch, local_directory, refuse_pickle
+from .hub import ADAPTER_CONFIG, PICKLE_SUFFIXES, fetch, local_directory, refuse_pickle
 from .safetensors_file import DTYPES, SafetensorsFile, write_safetensors
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, of each name
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

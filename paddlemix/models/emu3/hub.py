@@ -9,6 +9,7 @@ from paddlemix.utils import InputError
 
 HUB_TIMEOUT = 15  # seconds that the hub may be silent
 MINI = "emu3-mini"  # this name is always the small checkpoint that comes with the package; a folder is ./emu3-mini
+ADAPTER_CONFIG = "adapter_config.json"
 MINI_DIRECTORY = Path(__file__).resolve().parents[2] / "demo_models" / "emu3_mini"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pdparams")
@@ -45,10 +46,10 @@ def fetch(name_or_path, required, optional=(), part="language_model"):
         if os.path.lexists(path / name) and not (path / name).is_file():
             raise InputError(f"{path / name} is not a regular file: download it again")
         if not (path / name).is_file():
-            raise InputError(
-                f"{str(name_or_path)!r} has no {name}: it is not a whole Emu3 checkpoint, or not the one for this; "
-                "check the path or download it again"
-            )
+            reason = "it is not a whole Emu3 checkpoint, or not the one for this; check the path or download it again"
+            if (path / ADAPTER_CONFIG).is_file():
+                reason = "it is a LoRA adapter: give the model that it belongs to, and the adapter as --lora_path"
+            raise InputError(f"{str(name_or_path)!r} has no {name}: {reason}")
     return path
 
 

@@ -46,7 +46,7 @@ def adapter_parameters(config, rank):
     return rank * sum(map(sum, linear_shapes(config)[:-1]))
 
 
-def training_bytes(config, dtype, tokens, rank=0, recompute=False, processes=1, activation=4):
+def training_bytes(config, dtype, tokens, rank=0, recompute=False, processes=1, activation=4, lora_dropout=0):
     """What training takes, by part: {"weights", "optimizer", "activations", "head"}; about right, not to the byte.
 
     Args:
@@ -56,6 +56,7 @@ def training_bytes(config, dtype, tokens, rank=0, recompute=False, processes=1, 
         recompute: of activations, layer by layer.
         processes: that share gradients, moments and masters.
         activation: bytes of a number; 4 on a CPU. The counts were measured there.
+        lora_dropout: of LoRA.
     """
     trained = adapter_parameters(config, rank) if rank else parameters(config)
     state = 12 if rank or dtype == "float32" else 16  # a gradient, two moments, and of 16 bits a master; float32
@@ -63,6 +64,9 @@ def training_bytes(config, dtype, tokens, rank=0, recompute=False, processes=1, 
     keys = config.num_key_value_heads * config.head_dim
     layer, layers = 8 * hidden + 3 * middle + 4 * keys, config.num_hidden_layers  # numbers that wait for the gradient
     kept = layers * hidden + 13 * hidden + 5 * middle + 2 * keys if recompute else layers * layer + 11 * hidden
+    # LoRA keeps its float32 copy of what each projection takes, where that is of 16 bits or has a dropout with a mask
+    copied = 5 if lora_dropout else 4 if activation < 4 else 0  # bytes of a number
+    kept += copied * (6 * hidden + middle) * (1 if recompute else layers) // activation if rank else 0
     masks = 2 * hidden * (1 if recompute else layers) if config.attention_dropout else 0  # of dropout, a byte a number
     logits = 4 * min(LOGITS, tokens * config.vocab_size)
     return {

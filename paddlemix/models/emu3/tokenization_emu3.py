@@ -72,7 +72,7 @@ def _check_error_handler(errors):
         ) from None
 
 
-def _normalized(text):
+def normalized(text):
     """The text in NFC. InputError where it would take long."""
     if not text.isascii() and len(text) > MOST_MARKS:
         is_mark = bytes(unicodedata.combining(c) > 0 or c in MARKS_OF_TWO for c in text)
@@ -256,7 +256,7 @@ class Emu3Tokenizer:
         """The ids of a text: list[int]. Without `allow_special`, a special token in it is plain text."""
         if not isinstance(text, str):
             raise InputError(f"a text must be a str, got {reprlib.repr(text)}")
-        text = _normalized(text)
+        text = normalized(text)
         # only those that occur: tiktoken copies the set at each call, 15 ms for all 32,979
         special = {t for t in SPECIAL_FORM.findall(text) if t in self._ids} if allow_special else set()
         try:
