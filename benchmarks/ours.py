@@ -62,7 +62,7 @@ def load_training(directory, recompute, dropout):
     from paddlemix.models.emu3 import Emu3ForCausalLM
     from paddlemix.training.loss import next_token_loss
     from paddlemix.training.optimizer import AdamW
-    from paddlemix.training.ranks import Ranks
+    from paddlemix.models.emu3.parallel import Ranks
 
     model = Emu3ForCausalLM.from_pretrained(directory, dtype="float32", attention_dropout=dropout).train()
     if recompute:
