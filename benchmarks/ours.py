@@ -60,9 +60,9 @@ def load_training(directory, recompute, dropout):
     import paddle
 
     from paddlemix.models.emu3 import Emu3ForCausalLM
+    from paddlemix.models.emu3.parallel import Ranks
     from paddlemix.training.loss import next_token_loss
     from paddlemix.training.optimizer import AdamW
-    from paddlemix.models.emu3.parallel import Ranks
 
     model = Emu3ForCausalLM.from_pretrained(directory, dtype="float32", attention_dropout=dropout).train()
     if recompute:

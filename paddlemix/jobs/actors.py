@@ -135,6 +135,7 @@ class Actors:
         threads = max(1, int(has.get("CPU", 1)) // count)
         self.actor = self.ray.remote(Actor).options(
             num_cpus=int(not on_card), num_gpus=int(on_card),
+            scheduling_strategy="SPREAD",  # else Ray fills half of a machine before it takes the next
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         )  # fmt: skip
         actors = [self._new() for _ in range(count)]
