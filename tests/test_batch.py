@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tarfile
@@ -358,6 +359,16 @@ def test_too_few_processors_are_one_line(folder):
     process = start(*batch("generate", "rows.jsonl"), "--ray", f"--workers={100 * os.cpu_count()}")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2 and out == "" and err.count("\n") == 1 and "take fewer --workers" in err
+
+
+@needs_ray
+def test_a_cluster_without_a_token_is_one_line(folder):
+    write_lines("rows.jsonl", prompts(1))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"--ray=127.0.0.1:{server.getsockname()[1]}"
+        process = start(*batch("generate", "rows.jsonl"), address, RAY_AUTH_MODE="token", HOME=str(folder))
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and out == "" and err.count("\n") == 1 and "authentication token" in err
 
 
 # --- video

@@ -40,8 +40,10 @@ def connect(address=""):
         else:
             ray.init(num_cpus=max(2, available_cores()), include_dashboard=False, **quiet)
     except ConnectionError:
-        raise InputError("no Ray cluster runs here: start one (ray start --head), or give --ray alone") from None
-    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            "no Ray cluster runs here, or it has another token: start one (ray start --head), or give --ray alone"
+        ) from None
+    except (ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         raise InputError(f"Ray does not start or answer: {_line(error)}") from None
     return ray
 
