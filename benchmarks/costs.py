@@ -46,7 +46,8 @@ RELEASED_SIZES = 64, 90
 RELEASED_HEADS = ["", "every call", "rate", *(f"{x}{n} codes a side" for n in RELEASED_SIZES for x in ("", "memory, "))]
 RELEASED_TEXT = """\
 The constants are measured. **What follows is arithmetic, not measurement**: the same rates with the released config, on
-this machine if it had the memory. What every step of training takes is AdamW, and grows with the parameters.
+this machine if it had the memory. What every step of training takes is AdamW, and grows with the parameters. The vision
+tokenizer that was measured is the released one.
 """
 
 
@@ -175,7 +176,8 @@ def memory(task, dtype, size, language, vision):
 def fit(amounts, seconds):
     """(seconds of every call, amount a second) from two sizes"""
     rate = (amounts[1] - amounts[0]) / (seconds[1] - seconds[0])
-    return max(0.0, seconds[0] - amounts[0] / rate), rate
+    fixed = seconds[0] - amounts[0] / rate
+    return (fixed, rate) if fixed > 0 else (0.0, sum(amounts) / sum(seconds))
 
 
 # --- the tables ------------------------------------------------------------------------------------------
@@ -201,8 +203,9 @@ def put(page, task, dtype, found, given):
     row = [name, in_words(fixed), f"{rate / 1e9:.1f} {'GB/s' if task == 'generate' else 'GFLOP/s'}"]
     every = fixed * parameters(released[0]) / parameters(given[0]) if task == "train" else fixed
     for size in RELEASED_SIZES:
-        row.append(in_words(every + work(task, dtype, size, *released) / rate))
-        row.append(f"{(program + memory(task, dtype, size, *released)) / 1e9:.1f} GB")
+        seconds = every + work(task, dtype, size, *released) / rate
+        needed = (program + memory(task, dtype, size, *released)) / 1e9
+        row += ["measured"] * 2 if task in ("encode", "decode") else [in_words(seconds), f"{needed:.1f} GB"]
     page.put(RELEASED, RELEASED_HEADS, [row], RELEASED_TEXT)
 
 
@@ -221,7 +224,7 @@ def plot(cells, path):
     for name, row in cells.items():
         if found := re.fullmatch(r"(\w+, \w+), (\d+)", name):
             tasks.setdefault(found[1], {})[int(found[2])] = row
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     columns = HEADS[2:4], HEADS[5:7]
     for axis, (measured, model), unit in zip(axes, columns, ("seconds", "GB"), strict=True):
         for number, (name, rows) in enumerate(tasks.items()):
@@ -229,11 +232,11 @@ def plot(cells, path):
             points, line = ([float(rows[size][column]) for size in sizes] for column in (measured, model))
             axis.plot(sizes, points, "o", color=f"C{number}", label=name)
             axis.plot(sizes, line, color=f"C{number}")
-        axis.set(xscale="log", yscale="log", xlabel="codes a side", ylabel=unit)
+        axis.set(xscale="log", xlabel="codes a side", ylabel=unit)
         axis.set_xticks(sizes, map(str, sizes))
         axis.minorticks_off()
-    axes[0].set(title="seconds: measured, and the model's line")
-    axes[1].set(title="peak memory: measured, and the formula's line")
-    axes[0].legend()
+    axes[0].set(yscale="log", title="time: points measured, lines by the model")
+    axes[1].set(ylim=(0, None), title="memory: lines by the formula")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

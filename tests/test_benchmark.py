@@ -245,7 +245,7 @@ def test_the_work_of_the_released_model():
 
 def test_constants_are_those_of_two_sizes():
     assert costs.fit([1e9, 4e9], [3.0, 6.0]) == (2.0, 1e9)
-    assert costs.fit([1e9, 4e9], [0.5, 6.0])[0] == 0.0  # no call takes less than nothing
+    assert costs.fit([1e9, 4e9], [0.5, 6.0]) == (0.0, 5e9 / 6.5)  # no call takes less than nothing
     assert [costs.in_words(s) for s in (0.123, 9.91, 250.4, 3000)] == ["0.12 s", "9.9 s", "250 s", "50 min"]
 
 
