@@ -270,7 +270,7 @@ def test_costs_of_each_task_are_measured(tmp_path, monkeypatch):
         rows = [cells[f"{name}, {size}"] for size in (2, 3, 4)]
         assert [row["off by"] for row in rows[:2]] == ["fitted", "fitted"] and rows[2]["off by"][0] in "+-"
         assert all(float(row["peak, GB"]) > 0.1 and float(row["the formula"]) > 0.1 for row in rows)
-        assert released[name]["memory, 90 codes a side"].endswith(" GB")
+        assert released[name]["memory, 90 codes a side"].endswith("measured" if part == "decode float32" else " GB")
     assert float(released["generate, int8"]["memory, 90 codes a side"].split()[0]) > 8.49
     assert "</svg>" in (tmp_path / costs.PLOT.name).read_text()
 
