@@ -51,8 +51,8 @@ help:
 	@echo "make lint   ruff only"
 	@echo "make venv   .venv with all that is needed; the others make it themselves; .venv/bin/emu3 lists the commands"
 	@echo "make bench  side by side with transformers, into benchmarks/RESULTS.md; BENCH=--quick takes minutes, not an hour;"
-	@echo "            BENCH=prompts is beside llama.cpp; training, operators, released, quality, serving, speculation and"
-	@echo "            loading are the others, BENCH=--help lists them"
+	@echo "            BENCH=prompts is beside llama.cpp; training, operators, released, quality, serving, speculation, costs"
+	@echo "            and loading are the others, BENCH=--help lists them"
 	@echo "make clean  remove all of that"
 	@echo
 	@echo "EXTRAS=\"[ray,video]\"  when .venv is made: what is optional (setup.py)"

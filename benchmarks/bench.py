@@ -33,6 +33,7 @@ COMMANDS = {
     "speculation": "windows of guesses on a CPU: the tokens that they gain, and what larger forward passes cost",
     "loading": "peak memory and time of loading a checkpoint",
     "training": "a step of fine-tuning beside transformers: tokens a second and memory",
+    "costs": "seconds and memory of each task against size, beside a model of them",
 }
 PEERS = {"peer": "transformers and PyTorch", "llama": "llama.cpp"}  # of a command with HAS_PEER or HAS_LLAMA
 

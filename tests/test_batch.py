@@ -6,10 +6,12 @@ import io
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tarfile
 import time
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -190,6 +192,8 @@ BAD = {  # task: [(a row, words of its error)]
         ({"codes": [1, 2]}, "height must be"), ({"codes": [[1, -1]]}, "codes must be"),
         ({"codes": "abc"}, "codes must be"), ({"codes": [[1, 10**6]]}, "codes must be 0 to"),
         ({"codes": [[[1]]]}, "rows of whole numbers"),
+        ({"codes": [1, 2, 3], "frames": 2, "height": 1, "width": 1}, "3 codes cannot be 2 x 1 x 1"),
+        ({"codes": [1, 2], "frames": 2, "height": 1}, "width must be"),
     ],
 }  # fmt: skip
 GOOD = {
@@ -357,6 +361,16 @@ def test_too_few_processors_are_one_line(folder):
     assert process.returncode == 2 and out == "" and err.count("\n") == 1 and "take fewer --workers" in err
 
 
+@needs_ray
+def test_a_cluster_without_a_token_is_one_line(folder):
+    write_lines("rows.jsonl", prompts(1))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"--ray=127.0.0.1:{server.getsockname()[1]}"
+        process = start(*batch("generate", "rows.jsonl"), address, RAY_AUTH_MODE="token", HOME=str(folder))
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and out == "" and err.count("\n") == 1 and "authentication token" in err
+
+
 # --- video
 
 
@@ -404,6 +418,33 @@ def test_encode_video(command, clip, emu3):
     assert video["codes"] == np.ravel(expected).tolist()
     assert image["frames"] is None and len(image["codes"]) == expected[0].size
     assert "cut.mp4" in bad[0]["error"] and "no such file" in bad[1]["error"]
+
+
+@pytest.mark.parametrize("images", ["png", "webdataset"])
+def test_decode_video(command, clip, emu3, images):
+    """An mp4 of each video's codes, as autoencode's frames make it."""
+    from paddlemix.processors.video import VideoFile, frame_rate, read_frames
+
+    write_lines("rows.jsonl", [{"id": "a", "video": clip}, {"id": "b", "image": "twelve/0.png"}])
+    assert command(*batch("encode", "rows.jsonl"))[0] == 0
+    line = batch("decode", "out/part-00000.parquet", output="back", images=images, frame_rate=29.97)
+    assert command(*line)[::2] == (0, "")
+    video, image = rows_in("back")
+    assert [video[name] for name in ("frames", "codes", "error")] == [3, None, None]
+    assert image["frames"] is None and image["error"] is None
+    if images == "png":
+        written = "back/images/a.mp4"
+    else:
+        with tarfile.open("back/part-00000.tar") as tar:
+            assert tar.getnames() == ["a.mp4", "a.json", "b.png", "b.json"]
+            tar.extract("a.mp4", "tar", filter="data")
+        written = "tar/a.mp4"
+    with VideoFile("expected.mp4", Fraction("29.97")) as file:
+        for frame in emu3.autoencode(video=[Image.open(f"twelve/{i}.png") for i in range(12)]):
+            file.add(frame)
+    assert frame_rate(written) == (Fraction("29.97"), 12)
+    for a, b in zip(read_frames(written), read_frames("expected.mp4"), strict=True):
+        assert (np.asarray(a) == np.asarray(b)).all()
 
 
 def test_one_clip_of_a_video_is_in_memory(emu3):

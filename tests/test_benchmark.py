@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench
 import compare
+import costs
 import counts
 import equality
 import measure
@@ -164,7 +165,7 @@ def test_commands(monkeypatch, capsys):
     run = bench.parse(["operators", "--parts", "linear", "--no_peer"])
     assert (run.command, run.parts, run.small) == ("operators", ["linear"], False)
     assert set(bench.COMMANDS) == {"compare", "operators", "released", "quality", "prompts", "serving", "speculation",
-                                   "loading", "training"}  # fmt: skip
+                                   "loading", "training", "costs"}  # fmt: skip
     assert bench.parse(["prompts", "--llama_python", sys.executable]).no_llama is False
     monkeypatch.setenv("PEER_PYTHON", "/nowhere/python")
     with pytest.raises(SystemExit):
@@ -237,6 +238,52 @@ def test_the_opening_is_that_of_the_tables():
     assert summary.number("981.38 ms") == pytest.approx(0.98138)
     assert summary.measured("commit 1, 2026-01-02; A B, 2 cores, avx2") == "2026-01-02, A B, 2 cores"
     assert summary.measured("") == "date not recorded, machine not recorded"
+
+
+# --- what a task costs -----------------------------------------------------------------------------------
+
+
+def test_the_work_of_the_released_model():
+    """Products of weights and tokens, counted from the released checkpoint's layers."""
+    given, shapes = costs.configs(), golden("layout-Emu3-8B.json")
+    matrices = [math.prod(s) for name, s in shapes.items() if name.startswith("model.layers.") and len(s) == 2]
+    length, head = costs.PROMPT + 90 * 91 + 3, 2 * 184622 * 4096
+    layers = 2 * sum(matrices) * length + 32 * 4 * 4096 * length**2 / 2  # and half of two products of queries and keys
+    assert costs.work("question", "int8", 90, *given) == pytest.approx(layers + head, rel=1e-4)
+    assert costs.work("train", "float32", 90, *given) == pytest.approx(4 * layers + 3 * head * (length - 24), rel=1e-4)
+    assert costs.work("generate", "int8", 90, *given) == counts.image_bytes(given[0], 90, 90, "int8")
+
+
+def test_constants_are_those_of_two_sizes():
+    assert costs.fit([1e9, 4e9], [3.0, 6.0]) == (2.0, 1e9)
+    assert costs.fit([1e9, 4e9], [0.5, 6.0]) == (0.0, 5e9 / 6.5)  # no call takes less than nothing
+    assert [costs.in_words(s) for s in (0.123, 9.91, 250.4, 3000)] == ["0.12 s", "9.9 s", "250 s", "50 min"]
+
+
+def test_costs_of_each_task_are_measured(tmp_path, monkeypatch):
+    """In small, in this process: seconds and memory, beside the model of them and in a plot."""
+
+    def call(args, side, function, **given):
+        module, _, name = function.partition(".")
+        result = getattr({"costs": costs, "compare": compare}[module], name)(ours, **given)
+        return {**(result or {}), "versions": {"ours": "1"}}
+
+    monkeypatch.setattr(costs, "call", call)
+    monkeypatch.setattr(costs, "SMALL", [2, 3, 4])
+    monkeypatch.setattr(costs, "MOST_CALLS", 1)
+    options = ["--small", "--directory", str(tmp_path), "--tasks", "decode", "generate", "train"]
+    args, page = bench.parse(["costs", *options]), Page()
+    parts = [part for part, _, _ in costs.run(args, page)]
+    assert parts == ["decode float32", "generate float32", "generate int8", "train float32"]
+    cells, released = page.cells(costs.TITLE), page.cells(costs.RELEASED)
+    for part in parts:
+        name = part.replace(" ", ", ")
+        rows = [cells[f"{name}, {size}"] for size in (2, 3, 4)]
+        assert [row["off by"] for row in rows[:2]] == ["fitted", "fitted"] and rows[2]["off by"][0] in "+-"
+        assert all(float(row["peak, GB"]) > 0.1 and float(row["the formula"]) > 0.1 for row in rows)
+        assert released[name]["memory, 90 codes a side"].endswith("measured" if part == "decode float32" else " GB")
+    assert float(released["generate, int8"]["memory, 90 codes a side"].split()[0]) > 8.49
+    assert "</svg>" in (tmp_path / costs.PLOT.name).read_text()
 
 
 # --- quality and the released size -----------------------------------------------------------------------

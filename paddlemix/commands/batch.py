@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from paddlemix.machine import start_paddle
-from paddlemix.utils import InputError, whole_number
+from paddlemix.utils import InputError, real_number, whole_number
 
 from .console import Loading, Stopwatch, add_tasks, bare_parser, integer, number, progress_bar, say
 from .generate import add_drawing
@@ -24,7 +24,7 @@ def parser(prog=None):
         "generate": ("text-to-image: a picture of each row's prompt", add_generate),
         "understand": ("image question answering: of each row's image and question", add_understand),
         "encode": ("the codes of each row's image", add_encode),
-        "decode": ("the pictures of each row's codes", add_decode),
+        "decode": ("the picture or video of each row's codes", add_decode),
     })  # fmt: skip
     return parser
 
@@ -93,7 +93,8 @@ def add_encode(parser):
 def add_decode(parser):
     add_files(parser, "codes, height and width, as the other tasks and `emu3 prepare` write them")
     add_vision(parser)
-    add_images(parser, "how the pictures are written", "png")
+    add_images(parser, "how the pictures are written", "png", "; a video is ID.mp4, which needs pip install av==17.1.0")
+    parser.add_argument("--frame_rate", type=number, default=25, help="of videos, frames a second")
 
 
 def add_vision(parser):
@@ -102,10 +103,10 @@ def add_vision(parser):
     )
 
 
-def add_images(parser, what, default=None):
+def add_images(parser, what, default=None, videos=""):
     parser.add_argument(
         "--images", nargs="?", const="png", default=default, choices=["png", "webdataset"], help=f"{what}: png is a "
-        "file each, images/ID.png; webdataset is part-00000.tar and so on, with ID.png and ID.json",
+        f"file each, images/ID.png; webdataset is part-00000.tar and so on, with ID.png and ID.json{videos}",
     )  # fmt: skip
 
 
@@ -197,8 +198,9 @@ def make_vision_worker(args):
     note_vision(model)
     job = {"task": args.task, "vq_model": named(args.vq_model_path, model)}
     if args.task == "decode":
-        worker = workers.Decode(emu3)
-        worker.job = job
+        rate = real_number("--frame_rate", args.frame_rate, "a number from 1 to 1000", 1, 1000)
+        worker = workers.Decode(emu3, rate)
+        worker.job = {**job, "frame_rate": rate}
         return worker
     on_cpu = paddle.get_device() == "cpu"
     area = args.image_area or emu3.image_processor.max_pixels

@@ -40,8 +40,10 @@ def connect(address=""):
         else:
             ray.init(num_cpus=max(2, available_cores()), include_dashboard=False, **quiet)
     except ConnectionError:
-        raise InputError("no Ray cluster runs here: start one (ray start --head), or give --ray alone") from None
-    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            "no Ray cluster runs here, or it has another token: start one (ray start --head), or give --ray alone"
+        ) from None
+    except (ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         raise InputError(f"Ray does not start or answer: {_line(error)}") from None
     return ray
 
@@ -135,6 +137,7 @@ class Actors:
         threads = max(1, int(has.get("CPU", 1)) // count)
         self.actor = self.ray.remote(Actor).options(
             num_cpus=int(not on_card), num_gpus=int(on_card),
+            scheduling_strategy="SPREAD",  # else Ray fills half of a machine before it takes the next
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         )  # fmt: skip
         actors = [self._new() for _ in range(count)]

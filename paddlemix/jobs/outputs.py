@@ -9,7 +9,7 @@ from pathlib import Path
 
 from paddlemix.utils import InputError, read_json, replacing, write_atomically
 
-from .pictures import KINDS
+from .pictures import ENDINGS, KINDS
 
 JOB = "job.json"
 ROWS_A_GROUP = 32  # that are read together: training reads them in an order of its own
@@ -28,7 +28,7 @@ class Shards:
         schema: pyarrow's; the names id, error and source are among its columns.
         rows_a_shard: of each file.
         job: a dict that JSON can hold, what the rows depend on. It is kept as job.json.
-        images: one of pictures.KINDS: how the `png` of rows that have one is written beside them.
+        images: one of pictures.KINDS: how the `png` or `mp4` of rows that have one is written beside them.
 
     Then `count` is how many rows are there, `ids` their ids (a set), `failed` how many have an error, and `errors` of
     the first of these (source, error).
@@ -114,10 +114,9 @@ class Shards:
             self.errors.append((row["source"], row["error"]))
 
     def add(self, row):
-        """A dict of the schema's columns, and perhaps `png`, bytes."""
-        if self.pictures and "png" in row:
-            self._written(self.pictures.add, row)
-            del row["png"]
+        """A dict of the schema's columns, and perhaps `png` or `mp4`, bytes."""
+        for ending in row.keys() & ENDINGS:
+            self._written(self.pictures.add, row, ending, row.pop(ending))
         self.rows.append(row)
         self.count += 1
         if row["error"] is not None:
@@ -148,9 +147,9 @@ class Shards:
         with replacing(self._path()) as temporary:
             parquet.write_table(table, temporary, compression="zstd", row_group_size=ROWS_A_GROUP)
 
-    def _written(self, write, what):
+    def _written(self, write, *what):
         try:
-            write(what)
+            write(*what)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else error
             raise InputError(

@@ -1,6 +1,6 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The pictures of a job's rows, beside its Parquet files. `Shards` calls them: a picture is written before its row, so
-that a kill between the two only makes it again, with the same bytes."""
+"""The pictures and videos of a job's rows, beside its Parquet files. `Shards` calls them: a picture is written before
+its row, so that a kill between the two only makes it again, with the same bytes."""
 
 import hashlib
 import io
@@ -9,6 +9,8 @@ import re
 import tarfile
 
 from paddlemix.utils import InputError, write_atomically
+
+ENDINGS = "png", "mp4"  # names of a row's values that are a file's bytes
 
 
 def file_name(name, plain=False):
@@ -19,25 +21,26 @@ def file_name(name, plain=False):
 
 
 class Folder:
-    """images/ID.png of each row."""
+    """images/ID.png of each row, or ID.mp4."""
 
     def __init__(self, folder):
         self.folder = folder / "images"
 
     def open(self, number, count):
         self.folder.mkdir(exist_ok=True)
-        for path in self.folder.glob(".*.png"):  # what a kill has left
-            path.unlink()
+        for ending in ENDINGS:
+            for path in self.folder.glob(f".*.{ending}"):  # what a kill has left
+                path.unlink()
 
-    def add(self, row):
-        write_atomically(self.folder / f"{file_name(row['id'])}.png", row["png"])
+    def add(self, row, ending, data):
+        write_atomically(self.folder / f"{file_name(row['id'])}.{ending}", data)
 
     def close(self):
         pass
 
 
 class Tars:
-    """WebDataset: part-00000.tar beside part-00000.parquet, with ID.png and ID.json of each row that has a picture."""
+    """WebDataset: part-00000.tar beside part-00000.parquet, with ID.png (or .mp4) and ID.json of each that has one."""
 
     def __init__(self, folder):
         self.folder, self.tar = folder, None
@@ -60,13 +63,13 @@ class Tars:
         self.file.seek(end)
         self.tar = tarfile.open(fileobj=self.file, mode="w")  # noqa: SIM115
 
-    def add(self, row):
+    def add(self, row, ending, data):
         name = file_name(row["id"], plain=True)
         values = {name: row[name] for name in ("id", "height", "width", "seed") if row.get(name) is not None}
-        for ending, data in (("png", row["png"]), ("json", json.dumps(values).encode())):
-            member = tarfile.TarInfo(f"{name}.{ending}")
-            member.size = len(data)
-            self.tar.addfile(member, io.BytesIO(data))
+        for kind, content in ((ending, data), ("json", json.dumps(values).encode())):
+            member = tarfile.TarInfo(f"{name}.{kind}")
+            member.size = len(content)
+            self.tar.addfile(member, io.BytesIO(content))
         self.tar.members.clear()  # else each of millions stays in memory
         self.file.flush()
 

@@ -10,15 +10,19 @@ these are.
 
 import hashlib
 import io
+import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from paddlemix.machine import NotEnoughMemory
 from paddlemix.pipelines.steps import answer_text
 from paddlemix.processors import Emu3VisionVQImageProcessor
-from paddlemix.processors.video import read_frames
+from paddlemix.processors.video import VideoFile, read_frames
 from paddlemix.results import png_info
 from paddlemix.utils import InputError, shown, whole_number, whole_numbers
 
@@ -330,13 +334,16 @@ def encode(pipeline, image_area=None, batch_size=1, threads=1):
 
 
 class Decode:
-    """Rows of `codes`, with `height` and `width` or [h, w] by themselves, to the value `png`, bytes.
+    """Rows of `codes`, with `height` and `width` or [h, w] by themselves, to the value `png`, bytes; of videos, which
+    have `frames` as well, to `mp4`.
 
-    `pipeline`: Emu3Pipeline, whose vision tokenizer decodes them.
+    Args:
+        pipeline: Emu3Pipeline, whose vision tokenizer decodes them.
+        frame_rate: of videos.
     """
 
-    def __init__(self, pipeline):
-        self.pipeline, self.rows = pipeline, []
+    def __init__(self, pipeline, frame_rate=25):
+        self.pipeline, self.frame_rate, self.rows = pipeline, frame_rate, []
 
     def __bool__(self):
         return bool(self.rows)
@@ -349,34 +356,50 @@ class Decode:
         self.rows.append((number, row))
 
     def step(self):
-        import paddle
-
         number, row = self.rows.pop()
         values = begin(row)
         try:
             if row.error is None:
                 codes = codes_of(row.values)
-                with paddle.no_grad():
-                    pixels = self.pipeline.vision_tokenizer.decode(paddle.to_tensor(codes[None]))
-                [image] = self.pipeline.image_processor.postprocess(pixels)["pixel_values"]
-                values.update(height=codes.shape[0], width=codes.shape[1], png=png(image))
+                content = {"png": png(*self._decode(codes))} if codes.ndim == 2 else {"mp4": self._video(codes)}
+                values.update(zip(("width", "height", "frames"), codes.shape[::-1]), **content)
         except InputError as error:
             values["error"] = printable(str(error))
         return [(number, values)]
 
+    def _video(self, codes):
+        """Clip by clip, so that memory does not grow with its length."""
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "video.mp4")
+            with VideoFile(path, Fraction(self.frame_rate).limit_denominator(1001)) as video:
+                for clip in codes:
+                    for image in self._decode(clip[None]):
+                        video.add(image)
+            return path.read_bytes()
+
+    def _decode(self, codes):
+        """[h, w] -> a PIL image in a list; [1, h, w] -> those of the frames"""
+        import paddle
+
+        with paddle.no_grad():
+            pixels = self.pipeline.vision_tokenizer.decode(paddle.to_tensor(codes[None]))
+        return self.pipeline.image_processor.postprocess(pixels.reshape([-1, *pixels.shape[-3:]]))["pixel_values"]
+
 
 def codes_of(values):
-    """The codes of a row, int64 [h, w]. InputError: it has none, or not as many as its height and width say."""
+    """The codes of a row, int64 [h, w], or [frames, h, w] of a video.
+
+    InputError: it has none, or not as many as its frames, height and width say.
+    """
     if values.get("codes") is None:
         raise InputError("codes are missing")
     codes = whole_numbers("codes", values["codes"], 0)
     if codes.ndim == 1:
-        height, width = (
-            whole_number(name, values.get(name), "1 or more, a whole number", 1) for name in ("height", "width")
-        )
-        if height * width != codes.size:
-            raise InputError(f"{codes.size} codes cannot be {height} x {width}")
-        codes = codes.reshape(height, width)
+        names = ["height", "width"] if values.get("frames") is None else ["frames", "height", "width"]
+        shape = [whole_number(name, values.get(name), "1 or more, a whole number", 1) for name in names]
+        if math.prod(shape) != codes.size:
+            raise InputError(f"{codes.size} codes cannot be {' x '.join(map(str, shape))}")
+        return codes.reshape(shape)
     if codes.ndim != 2 or not codes.size:
         raise InputError(f"codes must be rows of whole numbers, [h, w], got {shown(values['codes'])}")
     return codes

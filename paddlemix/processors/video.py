@@ -2,18 +2,25 @@
 """Video files: their frames one by one, and back, by PyAV (pip install av==17.1.0)."""
 
 import os
+from pathlib import Path
 
 from paddlemix.utils import InputError
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 
 
-def open_video(path):
-    """PyAV's container of a file, to be closed. InputError: PyAV is not installed, or the file holds no video."""
+def pyav(path):
+    """PyAV. InputError, about a path: it is not installed."""
     try:
         import av
     except ModuleNotFoundError:
         raise InputError(f"{path}: to read and write video needs PyAV: pip install av==17.1.0") from None
+    return av
+
+
+def open_video(path):
+    """PyAV's container of a file, to be closed. InputError: PyAV is not installed, or the file holds no video."""
+    av = pyav(path)
     av.logging.set_level(av.logging.PANIC)
     if not os.path.isfile(path):
         raise InputError(f"{path}: there is no such file")
@@ -50,15 +57,14 @@ def frame_rate(path):
 
 
 class VideoFile:
-    """`with VideoFile(path, rate) as video:` then `video.add(picture)` for each frame, in H.264. Sides are even."""
+    """`with VideoFile(path, rate) as video:` then `video.add(picture)` for each frame, in H.264. Sides are even.
+    InputError: PyAV is not installed."""
 
     def __init__(self, path, rate):
         self.path, self.rate, self.stream = path, rate, None
 
     def __enter__(self):
-        import av
-
-        self.container = av.open(str(self.path), "w", format="mp4")
+        self.container = pyav(Path(self.path).name).open(str(self.path), "w", format="mp4")
         return self
 
     def add(self, picture):
