@@ -9,11 +9,12 @@ from functools import lru_cache
 
 import numpy as np
 from scipy import ndimage
-from world import COLOURS, SHAPES, TONES, Scene, Thing
+from world import COLOURS, NEW_SHAPES, SHAPES, TONES, Scene, Thing
 
 HUES = {name: colorsys.rgb_to_hsv(*(v / 255 for v in rgb))[0] for name, rgb in COLOURS.items()}
 LEAST_CHROMA = 55  # of 255: below it a pixel is background
 APART = 12  # pixels from middle to middle, at least, of two objects
+BROWN = 180  # of 255: a red or orange pixel that is darker is brown
 LEAST_PIXELS = 40  # a smaller region is a blemish
 SIDES = range(16, 37, 2)  # pixels a side that an object may have
 LARGE = 26  # from so many on it is large
@@ -22,23 +23,30 @@ OUTLINES = {  # corners of the unit square's inscribed shape; a circle is a poly
     "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
     "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
     "triangle": [(0.5, 0), (1, 1), (0, 1)],
+    "house": [(0.5, 0), (1, 0.5), (1, 1), (0, 1), (0, 0.5)],
     "cross": [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)],
 }
 
 
-def recognise(picture):
-    """uint8 [height, width, 3] -> Scene. Regions that no object makes are left out or given the nearest name."""
+def recognise(picture, new=False):
+    """uint8 [height, width, 3] -> Scene. Regions that no object makes are left out or given the nearest name.
+
+    new: houses and brown may be in it.
+    """
     pixels = picture.astype(np.float32)
     chroma = pixels.max(axis=2) - pixels.min(axis=2)
-    nearest = _nearest_hue(pixels, chroma)
+    nearest, colours, shapes = _nearest_hue(pixels, chroma), [*HUES], SHAPES
+    if new:
+        dark = (pixels.max(axis=2) < BROWN) & np.isin(nearest, [colours.index(c) for c in ("red", "orange")])
+        nearest, colours, shapes = np.where(dark, len(colours), nearest), [*colours, "brown"], SHAPES + NEW_SHAPES
     regions = []
-    for i, colour in enumerate(HUES):
+    for i, colour in enumerate(colours):
         labels, count = ndimage.label((nearest == i) & (chroma > LEAST_CHROMA))
         regions += [(labels == k, colour) for k in range(1, count + 1)]
     things = []
     for region, colour in sorted(regions, key=lambda r: -r[0].sum()):
         if region.sum() >= LEAST_PIXELS:
-            thing = _thing(ndimage.binary_dilation(region, iterations=2) & (chroma > 0), colour, chroma)
+            thing = _thing(ndimage.binary_dilation(region, iterations=2) & (chroma > 0), colour, chroma, shapes)
             # an edge of another hue belongs to the object that it lies on
             if all(max(abs(thing.x - t.x), abs(thing.y - t.y)) > APART for t in things):
                 things.append(thing)
@@ -58,14 +66,14 @@ def _nearest_hue(pixels, chroma):
     return np.minimum(distance, 1 - distance).argmin(axis=-1)
 
 
-def _thing(region, colour, chroma):
+def _thing(region, colour, chroma, shapes):
     """The shape and size whose outline, laid on the region's middle, agrees best."""
     rows, columns = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
     middle = (rows[0] + rows[-1] + 1) / 2, (columns[0] + columns[-1] + 1) / 2
     seen = np.where(region, chroma, 0)
     seen = (seen / np.percentile(seen[region], 75)).clip(0, 1)  # how much of each pixel is the object
     scores = {
-        (shape, side): _agreement(seen, ideal(shape, side, middle, seen.shape)) for shape in SHAPES for side in SIDES
+        (shape, side): _agreement(seen, ideal(shape, side, middle, seen.shape)) for shape in shapes for side in SIDES
     }
     shape, side = max(scores, key=scores.get)
     return Thing(shape, colour, "large" if side >= LARGE else "small", *(int(round(v)) for v in middle[::-1]))

@@ -1,0 +1,67 @@
+# Licensed under the Apache License, Version 2.0; see LICENSE.
+"""The tutorial of fine-tuning: its scenes, its data, and that its programs run through."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tools" / "mini"), str(ROOT / "tools" / "finetune")]
+
+import make_data
+import measure
+from evaluate import compare
+from make_data import NEWS, new_scene, presence
+from recognise import recognise
+from world import NEW_COLOURS, NEW_SHAPES, SHAPES, held_out, random_scene, render
+
+TARGETS = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"
+
+
+def test_recogniser_reads_what_is_new():
+    rng = np.random.default_rng(0)
+    scenes = [new_scene(rng, new=NEWS[i % 3], held=i % 2 == 0) for i in range(30)]
+    scenes += [random_scene(rng) for _ in range(15)]
+    right = [compare(scene, recognise(render(scene), new=True))["right"] for scene in scenes]
+    assert np.mean(right) > 0.97
+    for scene in scenes[:30]:
+        assert not compare(scene, recognise(render(scene)))["right"]  # which does not know houses and brown
+
+
+def test_new_scenes_and_their_question():
+    rng = np.random.default_rng(1)
+    for i in range(60):
+        scene = new_scene(rng, new=NEWS[i % 3], held=i % 2 == 0)
+        assert held_out(scene) == (i % 2 == 0)
+        shapes, colours = {t.shape for t in scene.things}, {t.colour for t in scene.things}
+        assert ("house" in shapes) == (NEWS[i % 3] != "colour") and ("brown" in colours) == (NEWS[i % 3] != "shape")
+        answers = dict(presence(scene, rng))
+        assert sorted(answers.values()) == ["no", "yes"]
+        for question, answer in answers.items():
+            shape = question.removeprefix("Is there a ").removesuffix("?")
+            assert shape in SHAPES + NEW_SHAPES and (shape in shapes) == (answer == "yes")
+    assert set(NEW_COLOURS) == {"brown"}
+
+
+def test_the_tutorial_runs_through(command, tmp_path, capsys):
+    make_data.main(Namespace(out=tmp_path / "data", new=2, known=1, seed=0))
+    rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and len({row["id"] for row in rows}) == 6
+    code, out, err = command(
+        "prepare", "--vq_model_path=emu3-mini", "--data_path", tmp_path / "data" / "train.jsonl", "--output_path",
+        tmp_path / "codes", "--image_area=4096",
+    )  # fmt: skip
+    assert code == 0 and "wrote 6 rows" in out + err and "error" not in out + err
+    code, out, err = command(
+        "train", "--model_path=emu3-mini", "--data_path", tmp_path / "codes", "--output_dir", tmp_path / "lora",
+        "--lora", "--lora_target_modules", *TARGETS, "--max_steps=2", "--per_device_train_batch_size=3",
+        "--gradient_accumulation_steps=1",
+    )  # fmt: skip
+    assert code == 0, err
+    lora, picture = tmp_path / "lora" / "checkpoint-2", tmp_path / "picture.png"
+    measure.main(Namespace(model_path="emu3-mini", lora_path=lora, count=1, picture=picture, seed=100))
+    table = capsys.readouterr().out
+    assert "| of 1 each | before | after |" in table and "houses drawn" in table and picture.is_file()
