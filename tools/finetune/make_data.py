@@ -9,7 +9,7 @@ knows, so that it does not forget them. What `held_out` of tools/mini/world.py n
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "mini"))
@@ -28,13 +28,25 @@ def new_scene(rng, things=None, new=None, held=False):
     held: whether it is held out; no single object that has both is.
     """
     while True:
-        scene = random_scene(rng, things or rng.integers(1, 3), CANVASES[0])
+        scene = one_tone(random_scene(rng, things or rng.integers(1, 3), CANVASES[0]))
         what, which = new or rng.choice(NEWS), rng.integers(len(scene.things))
         changes = {"shape": NEW_SHAPES[0], "colour": next(iter(NEW_COLOURS))}
         thing = replace(scene.things[which], **{k: v for k, v in changes.items() if what in (k, "both")})
         scene = replace(scene, things=(*scene.things[:which], thing, *scene.things[which + 1 :]))
         if held_out(scene) == held:
             return scene
+
+
+def known_scene(rng, things=None, held=False):
+    """A scene of one or two objects that Emu3-Mini knows."""
+    while True:
+        scene = one_tone(random_scene(rng, things or rng.integers(1, 3), CANVASES[0]))
+        if held_out(scene) == held:
+            return scene
+
+
+def one_tone(scene):
+    return replace(scene, background=scene.background[:1])
 
 
 def presence(scene, rng):
@@ -58,7 +70,7 @@ def main(args):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
         for i in range(args.new + args.known):
-            scene = new_scene(rng) if i < args.new else random_scene(rng, rng.integers(1, 3), CANVASES[0], held=False)
+            scene = new_scene(rng) if i < args.new else known_scene(rng)
             image = f"images/{i:04d}.png"
             Image.fromarray(render(scene)).save(folder / image)
             messages = [
@@ -71,14 +83,14 @@ def main(args):
                 {"id": f"{i:04d}-draw", "image": image, "text": caption(scene, rng=rng)},
                 {"id": f"{i:04d}-ask", "images": [image], "messages": messages},
             ):
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps({**row, "scene": asdict(scene)}) + "\n")
     print(f"wrote {args.new + args.known} images and {2 * (args.new + args.known)} rows to {folder}/train.jsonl")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="finetune_run/data", help="a folder for train.jsonl and images/")
-    parser.add_argument("--new", type=int, default=300, help="images with the new shape or colour")
-    parser.add_argument("--known", type=int, default=100, help="images of what Emu3-Mini knows, against forgetting")
+    parser.add_argument("--new", type=int, default=350, help="images with the new shape or colour")
+    parser.add_argument("--known", type=int, default=150, help="images of what Emu3-Mini knows, against forgetting")
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

@@ -13,10 +13,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "mini")]
 
 import numpy as np
 from evaluate import compare
-from make_data import NEWS, new_scene, presence
+from make_data import NEWS, known_scene, new_scene, presence
 from PIL import Image
 from recognise import recognise
-from world import CANVASES, NEW_COLOURS, NEW_SHAPES, caption, questions, random_scene, render
+from world import NEW_COLOURS, NEW_SHAPES, caption, questions, render
 
 NAMES = {"shape": "houses", "colour": "brown objects", "both": "brown houses"}
 SHOWN = 3  # drawings of each kind in the picture
@@ -30,7 +30,7 @@ def held_out_scenes(args):
     """
     rng, numbers = np.random.default_rng(args.seed), [1 + i % 2 for i in range(args.count)]
     scenes = {kind: [new_scene(rng, 2 if kind == "both" else n, kind, True) for n in numbers] for kind in NEWS}
-    return {**scenes, "known": [random_scene(rng, n, CANVASES[0], True) for n in numbers]}
+    return {**scenes, "known": [known_scene(rng, n, True) for n in numbers]}
 
 
 def held_out_questions(scenes, seed):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from train_vision import autocast, to_tensor
 from transformers import Emu3ForCausalLM, Emu3TextConfig
 from vocabulary import write
-from world import BOX, CANVASES, SHAPES, caption, questions, random_scene, render
+from world import CANVASES, SHAPES, caption, places, questions, random_scene, render
 
 from paddlemix.models.emu3.image_grammar import ImageGrammar
 from paddlemix.processors.prompts import NEGATIVE_PROMPT, POSITIVE_PROMPT, Prompts
@@ -57,22 +57,6 @@ def coded_scenes(vision, count, seed, held=False):
             codes = vision.encode(to_tensor([render(s) for s in part])).numpy()
             pairs += zip(part, codes)
     return pairs
-
-
-def places(scene, shape):
-    """What is to be seen at each code of a scene: objects within BOX and where they stand, and the background."""
-    height, width = shape
-    horizon = scene.height // 16
-    for row in range(height):
-        for column in range(width):
-            x, y = 8 * column, 8 * row
-            near = [
-                (t.shape, t.colour, t.size, t.x - x, t.y - y)
-                for t in scene.things
-                if max(abs(t.x - x - 4), abs(t.y - y - 4)) < BOX // 2
-            ]
-            level = min(max(row - horizon, -2), 1) if len(scene.background) == 2 else 0
-            yield scene.background, level, tuple(sorted(near))
 
 
 def settled(pairs, more):

@@ -165,6 +165,22 @@ def render(scene):
     return picture.round().astype(np.uint8)
 
 
+def places(scene, shape):
+    """What is to be seen at each code of a scene: objects within BOX and where they stand, and the background."""
+    height, width = shape
+    horizon = scene.height // 16
+    for row in range(height):
+        for column in range(width):
+            x, y = 8 * column, 8 * row
+            near = [
+                (t.shape, t.colour, t.size, t.x - x, t.y - y)
+                for t in scene.things
+                if max(abs(t.x - x - 4), abs(t.y - y - 4)) < BOX // 2
+            ]
+            level = min(max(row - horizon, -2), 1) if len(scene.background) == 2 else 0
+            yield scene.background, level, tuple(sorted(near))
+
+
 # --- words -----------------------------------------------------------------------------------------------
 
 
