@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Replace the codes of prepared scenes by the commonest of each kind of place, as Emu3-Mini was taught them.
+"""Replace the codes of prepared drawings by the commonest of each kind of place, as Emu3-Mini was taught them.
 
 A code of Emu3-Mini tells mostly of its place and a little of the whole picture, too little to be seen. Emu3-Mini draws
 with the commonest code of each kind of place; others are so unlikely to it that a fine-tuning on codes as they are
@@ -68,6 +68,8 @@ def main(args):
         table = pq.read_table(path)
         rows = table.to_pylist()
         for row in rows:
+            if row["response"] is not None:  # to answer, Emu3-Mini was taught codes as they are
+                continue
             scene = told[row["id"]]
             scene = Scene(**{**scene, "background": tuple(scene["background"]),
                              "things": tuple(Thing(**thing) for thing in scene["things"])})  # fmt: skip
