@@ -34,16 +34,22 @@ MINI := tools/mini
 MINI_PYTHON := .venv-mini/bin/python
 MINI_RUN ?= mini_run
 
+# The tutorial of docs/finetune.md; it goes on from what FINETUNE_RUN holds.
+FINETUNE := tools/finetune
+FINETUNE_RUN ?= finetune_run
+
 FUZZ_SECONDS ?= 600
 KILLS ?= 100
 
-.PHONY: help venv ops demo serve eval mini bench lint test fuzz clean asked-again
+.PHONY: help venv ops demo serve eval finetune mini bench lint test fuzz clean asked-again
 
 help:
 	@echo "make demo   generate, understand and autoencode with Emu3-Mini, which comes with the package; into $(OUT)/"
 	@echo "make serve  a service with Emu3-Mini at http://127.0.0.1:8000, a page included; SERVE=--port=8080 is an option of it,"
 	@echo "            SERVE=--help lists them"
 	@echo "make eval   measure Emu3-Mini on scenes that its training left out"
+	@echo "make finetune  the tutorial of docs/finetune.md: teach Emu3-Mini a shape, a colour and a question by LoRA, and measure it"
+	@echo "            before and after; into $(FINETUNE_RUN)/"
 	@echo "make mini   train Emu3-Mini from scratch with PyTorch, from data to files: hours on a CPU"
 	@echo "make ops    compile the custom operators into .venv (paddlemix/external_ops)"
 	@echo "make test   ruff and pytest"
@@ -110,6 +116,19 @@ serve: venv
 eval: venv
 	$(RUN) $(MINI)/evaluate.py
 
+finetune: venv
+	$(RUN) $(FINETUNE)/make_data.py --out "$(FINETUNE_RUN)/data"
+	$(EMU3) prepare --vq_model_path=emu3-mini --data_path "$(FINETUNE_RUN)/data/train.jsonl" \
+		--output_path "$(FINETUNE_RUN)/codes" --batch_size=16
+	$(RUN) $(FINETUNE)/settle.py --data "$(FINETUNE_RUN)/data/train.jsonl" --codes "$(FINETUNE_RUN)/codes" \
+		--out "$(FINETUNE_RUN)/settled"
+	$(EMU3) train --model_path=emu3-mini --data_path "$(FINETUNE_RUN)/settled" --output_dir "$(FINETUNE_RUN)/lora" \
+		--lora --lora_rank=16 --lora_alpha=32 \
+		--lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head \
+		--learning_rate=3e-3 --min_learning_rate=1.5e-4 --warmup_steps=10 --weight_decay=0 --max_steps=600 \
+		--per_device_train_batch_size=8 --gradient_accumulation_steps=1 --save_steps=100
+	$(RUN) $(FINETUNE)/measure.py --lora_path "$(FINETUNE_RUN)/lora" --picture "$(FINETUNE_RUN)/before_after.png"
+
 .venv-mini/ready: $(MINI)/requirements.txt
 	@for python in $(PYTHONS); do "$$python" -m venv --clear .venv-mini && break; done
 	@$(MINI_PYTHON) -m pip install -qq -r $(MINI)/requirements.txt
@@ -151,5 +170,5 @@ bench: venv $(patsubst %/bin/python,%/ready,$(filter .venv-peer/% .venv-llama/%,
 	PEER_PYTHON="$(PEER_PYTHON)" LLAMA_PYTHON="$(LLAMA_PYTHON)" $(RUN) benchmarks/bench.py $(BENCH)
 
 clean:
-	rm -rf .venv .venv-mini .venv-peer .venv-llama benchmarks/run $(OUT) build $(OPS)/build $(OPS)/modules/*.egg-info dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-mini .venv-peer .venv-llama benchmarks/run $(OUT) finetune_run build $(OPS)/build $(OPS)/modules/*.egg-info dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

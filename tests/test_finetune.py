@@ -7,6 +7,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import paddle
+
+from paddlemix.training.settings import Settings
+from paddlemix.training.train import open_model
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools" / "mini"), str(ROOT / "tools" / "finetune")]
@@ -17,7 +21,7 @@ import settle
 from evaluate import compare
 from make_data import NEWS, new_scene, presence
 from recognise import recognise
-from world import NEW_COLOURS, NEW_SHAPES, SHAPES, held_out, random_scene, render
+from world import NEW_COLOURS, NEW_SHAPES, SHAPES, held_out, places, random_scene, render
 
 TARGETS = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"
 
@@ -45,6 +49,21 @@ def test_new_scenes_and_their_question():
             shape = question.removeprefix("Is there a ").removesuffix("?")
             assert shape in SHAPES + NEW_SHAPES and (shape in shapes) == (answer == "yes")
     assert set(NEW_COLOURS) == {"brown"}
+
+
+def test_settled_codes_are_the_likeliest_of_those_that_were_seen():
+    _, prompts = open_model(Settings("emu3-mini", ("data",), "out"))
+    first, scenes = prompts.grammar.first_visual, [random_scene(np.random.default_rng(2), 2, (64, 64))]
+    own = list(places(scenes[0], (8, 8)))
+    found = {place: {3: 1, 7: 1, 5: 1} if i % 2 else {3: 2} for i, place in enumerate(own)}
+
+    def model(ids, use_cache):  # which finds 9 likeliest everywhere, then 7, then 3
+        logits = np.zeros([*ids.shape, first + 10], np.float32)
+        logits[:, :, first + 9], logits[:, :, first + 7], logits[:, :, first + 3] = 3, 2, 1
+        return Namespace(logits=paddle.to_tensor(logits))
+
+    chosen = settle.likeliest(model, prompts, scenes, found, dict.fromkeys(own, 3))
+    assert chosen == {place: 7 if 7 in codes else 3 for place, codes in found.items()}
 
 
 def test_the_tutorial_runs_through(command, tmp_path, capsys):
