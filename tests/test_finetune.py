@@ -57,11 +57,11 @@ def test_settled_codes_are_the_likeliest_of_those_that_were_seen():
     own = list(places(scenes[0], (8, 8)))
     found = {place: {3: 1, 7: 1, 5: 1} if i % 2 else {3: 2} for i, place in enumerate(own)}
 
-    def model(ids, use_cache):  # which finds 9 likeliest everywhere, then 7, then 3
-        logits = np.zeros([*ids.shape, first + 10], np.float32)
-        logits[:, :, first + 9], logits[:, :, first + 7], logits[:, :, first + 3] = 3, 2, 1
-        return Namespace(logits=paddle.to_tensor(logits))
-
+    head = np.zeros([1, first + 10], np.float32)
+    head[0, [first + 9, first + 7, first + 3]] = 3, 2, 1  # 9 is likeliest everywhere, then 7, then 3
+    model = Namespace(
+        model=lambda ids: paddle.ones([*ids.shape, 1]), lm_head=lambda hidden: hidden @ paddle.to_tensor(head)
+    )
     chosen = settle.likeliest(model, prompts, scenes, found, dict.fromkeys(own, 3))
     assert chosen == {place: 7 if 7 in codes else 3 for place, codes in found.items()}
 

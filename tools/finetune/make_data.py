@@ -19,7 +19,7 @@ from PIL import Image
 from world import CANVASES, NEW_COLOURS, NEW_SHAPES, SHAPES, caption, held_out, questions, random_scene, render
 
 NEWS = ("shape", "colour", "both")
-SHARES = (0.4, 0.4, 0.2)
+SHARES = (0.3, 0.45, 0.25)
 TONE = "white"  # new things stand on it
 TURNS = 6  # of a conversation
 
@@ -30,7 +30,7 @@ def new_scene(rng, things=None, new=None, held=False):
     held: whether it is held out; no single object that has both is.
     """
     while True:
-        scene = replace(random_scene(rng, things or rng.integers(1, 3), CANVASES[0]), background=(TONE,))
+        scene = replace(random_scene(rng, things or rng.choice(2, p=(0.3, 0.7)) + 1, CANVASES[0]), background=(TONE,))
         what, which = new or rng.choice(NEWS, p=SHARES), rng.integers(len(scene.things))
         changes = {"shape": NEW_SHAPES[0], "colour": next(iter(NEW_COLOURS))}
         thing = replace(scene.things[which], **{k: v for k, v in changes.items() if what in (k, "both")})
@@ -42,7 +42,7 @@ def new_scene(rng, things=None, new=None, held=False):
 def known_scene(rng, things=None, held=False):
     """A scene of one or two objects on one tone that Emu3-Mini knows."""
     while True:
-        scene = random_scene(rng, things or rng.integers(1, 3), CANVASES[0])
+        scene = random_scene(rng, things or rng.choice(2, p=(0.3, 0.7)) + 1, CANVASES[0])
         scene = replace(scene, background=scene.background[:1])
         if held_out(scene) == held:
             return scene
@@ -89,7 +89,7 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="finetune_run/data", help="a folder for train.jsonl and images/")
-    parser.add_argument("--new", type=int, default=320, help="images with the new shape or colour")
-    parser.add_argument("--known", type=int, default=160, help="images of what Emu3-Mini knows, against forgetting")
+    parser.add_argument("--new", type=int, default=700, help="images with the new shape or colour")
+    parser.add_argument("--known", type=int, default=200, help="images of what Emu3-Mini knows, against forgetting")
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

@@ -72,7 +72,8 @@ def likeliest(model, prompts, scenes, found, chosen):
             rows.append(Row("", *make_row(prompts, Example("", caption(scene), codes, ()))))
         ids, labels = collate(rows, prompts.grammar.pad)
         with paddle.no_grad():
-            logits = model(paddle.to_tensor(ids), use_cache=False).logits.numpy()[:, :-1][labels[:, 1:] != IGNORED]
+            hidden = model.model(paddle.to_tensor(ids))[:, :-1]
+            logits = model.lm_head(hidden[paddle.to_tensor(labels[:, 1:] != IGNORED)]).numpy()
         logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
         for place, after in zip(chain(*of_scenes), logits):
             for code in scores[place]:
