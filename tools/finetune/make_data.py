@@ -19,7 +19,7 @@ from PIL import Image
 from world import CANVASES, NEW_COLOURS, NEW_SHAPES, SHAPES, caption, held_out, questions, random_scene, render
 
 NEWS = ("shape", "colour", "both")
-SHARES = (0.3, 0.45, 0.25)
+SHARES = (0.3, 0.45, 0.25)  # of the scenes with something new
 TONE = "white"  # new things stand on it
 TURNS = 6  # of a conversation
 
