@@ -127,7 +127,7 @@ finetune: venv
 		--lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head \
 		--learning_rate=3e-3 --min_learning_rate=1.5e-4 --warmup_steps=10 --weight_decay=0 --max_steps=600 \
 		--per_device_train_batch_size=8 --gradient_accumulation_steps=1 --save_steps=200
-	$(RUN) $(FINETUNE)/measure.py --lora_path "$(FINETUNE_RUN)/lora" --picture "$(FINETUNE_RUN)/before_after.png"
+	$(RUN) $(FINETUNE)/before_after.py --lora_path "$(FINETUNE_RUN)/lora" --picture "$(FINETUNE_RUN)/before_after.png"
 
 .venv-mini/ready: $(MINI)/requirements.txt
 	@for python in $(PYTHONS); do "$$python" -m venv --clear .venv-mini && break; done

@@ -165,7 +165,7 @@ def test_a_terminal_that_is_not_utf_8(folder):
     assert done.returncode == 0 and "?" in done.stdout
 
 
-@pytest.mark.parametrize("seconds", [1.0, 2.0, 3.5])
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 2.0])
 def test_ctrl_c_while_loading(folder, seconds):
     process = subprocess.Popen(
         f"exec {sys.executable} {EXAMPLES}/{ASK}", shell=True, cwd=folder, stdout=subprocess.PIPE,
@@ -345,7 +345,9 @@ def drawing(folder, *arguments):
     return process
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "ending", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL]
+)
 def test_an_interrupted_drawing_is_resumed(command, folder, ending):
     process = drawing(folder)
     process.send_signal(ending)

@@ -72,6 +72,7 @@ def test_compiles_for_cards(source, tmp_path):
     assert sorted(exported) == sorted(re.findall(r"\bint (emu3_\w+)\(", headers)) != []
 
 
+@pytest.mark.long
 @needs_nvcc
 def test_compiles_for_an_older_card(tmp_path):
     """A T4: it keeps norms, codewords and picks; the tensor cores' kernels do nothing there."""
