@@ -43,7 +43,7 @@ def connect(address=""):
         raise InputError(
             "no Ray cluster runs here, or it has another token: start one (ray start --head), or give --ray alone"
         ) from None
-    except (ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+    except Exception as error:  # Ray raises bare ones too, where a node does not start in time
         raise InputError(f"Ray does not start or answer: {_line(error)}") from None
     return ray
 
