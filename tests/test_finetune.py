@@ -44,7 +44,7 @@ def test_new_scenes_and_their_question():
         shapes, colours = {t.shape for t in scene.things}, {t.colour for t in scene.things}
         assert ("house" in shapes) == (NEWS[i % 3] != "colour") and ("brown" in colours) == (NEWS[i % 3] != "shape")
         answers = dict(presence(scene, rng))
-        assert list(answers.values()) == ["yes", "no"] * len(shapes)
+        assert sorted(answers.values()) == ["no", "yes"]
         for question, answer in answers.items():
             shape = question.removeprefix("Is there a ").removesuffix("?")
             assert shape in SHAPES + NEW_SHAPES and (shape in shapes) == (answer == "yes")

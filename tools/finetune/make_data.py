@@ -21,7 +21,7 @@ from world import CANVASES, NEW_COLOURS, NEW_SHAPES, SHAPES, caption, held_out, 
 NEWS = ("shape", "colour", "both")
 SHARES = (0.3, 0.45, 0.25)  # of the scenes with something new
 TONE = "white"  # new things stand on it
-KNOWN_TURNS = 4  # of a conversation
+TURNS = 6  # of a conversation
 
 
 def new_scene(rng, things=None, new=None, held=False):
@@ -49,18 +49,17 @@ def known_scene(rng, things=None, held=False):
 
 
 def presence(scene, rng):
-    """The new question, of each shape that is there and of as many that are not: [(question, answer), ...], yes and no
-    in turn."""
-    there = sorted({thing.shape for thing in scene.things})
+    """The new question, of a shape that is there and of one that is not: [(question, answer), ...]"""
+    there = {thing.shape for thing in scene.things}
     absent = [shape for shape in SHAPES + NEW_SHAPES if shape not in there]
-    pairs = zip(rng.permutation(there).tolist(), rng.permutation(absent).tolist())
-    return [(f"Is there a {shape}?", answer) for pair in pairs for shape, answer in zip(pair, ("yes", "no"))]
+    asked = [(str(rng.choice(sorted(there))), "yes"), (str(rng.choice(absent)), "no")]
+    return [(f"Is there a {shape}?", answer) for shape, answer in asked]
 
 
 def conversation(scene, rng):
     """The new question, and some of those that Emu3-Mini knows, in any order: [(question, answer), ...]"""
     known = [asked for kind, *asked in questions(scene) if kind != "describe"]
-    chosen = [known[i] for i in rng.permutation(len(known))[:KNOWN_TURNS]]
+    chosen = [known[i] for i in rng.permutation(len(known))[: TURNS - 2]]
     turns = [tuple(turn) for turn in chosen] + presence(scene, rng)
     return [turns[i] for i in rng.permutation(len(turns))]
 
