@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import kill_drawings
 import pytest
 
+pytestmark = pytest.mark.long
 CASES = [  # dtype, moment, signal
     ("float32", "pictures", signal.SIGKILL),
     ("bfloat16", "rows", signal.SIGTERM),

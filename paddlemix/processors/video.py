@@ -71,7 +71,8 @@ class VideoFile:
         import av
 
         if self.stream is None:
-            self.stream = self.container.add_stream("libx264", rate=self.rate, options={"crf": "16"})
+            options = {"crf": "16", "threads": "1"}  # several gave other bytes now and then on a busy machine
+            self.stream = self.container.add_stream("libx264", rate=self.rate, options=options)
             self.stream.width, self.stream.height, self.stream.pix_fmt = picture.width, picture.height, "yuv420p"
         self.container.mux(self.stream.encode(av.VideoFrame.from_image(picture)))
 
