@@ -421,10 +421,12 @@ def test_encode_video(command, clip, emu3):
 
 
 @pytest.mark.parametrize("images", ["png", "webdataset"])
-def test_decode_video(command, clip, emu3, images):
-    """An mp4 of each video's codes, as autoencode's frames make it."""
+def test_decode_video(command, clip, emu3, images, monkeypatch):
+    """An mp4 of each video's codes, of the frames that autoencode gives: what H.264 makes of them is not compared."""
     from paddlemix.processors.video import VideoFile, frame_rate, read_frames
 
+    added, add = [], VideoFile.add
+    monkeypatch.setattr(VideoFile, "add", lambda self, frame: added.append(np.asarray(frame)) or add(self, frame))
     write_lines("rows.jsonl", [{"id": "a", "video": clip}, {"id": "b", "image": "twelve/0.png"}])
     assert command(*batch("encode", "rows.jsonl"))[0] == 0
     line = batch("decode", "out/part-00000.parquet", output="back", images=images, frame_rate=29.97)
@@ -439,12 +441,10 @@ def test_decode_video(command, clip, emu3, images):
             assert tar.getnames() == ["a.mp4", "a.json", "b.png", "b.json"]
             tar.extract("a.mp4", "tar", filter="data")
         written = "tar/a.mp4"
-    with VideoFile("expected.mp4", Fraction("29.97")) as file:
-        for frame in emu3.autoencode(video=[Image.open(f"twelve/{i}.png") for i in range(12)]):
-            file.add(frame)
+    expected = emu3.autoencode(video=[Image.open(f"twelve/{i}.png") for i in range(12)])
+    np.testing.assert_array_equal(added, [np.asarray(frame) for frame in expected])
     assert frame_rate(written) == (Fraction("29.97"), 12)
-    for a, b in zip(read_frames(written), read_frames("expected.mp4"), strict=True):
-        assert (np.asarray(a) == np.asarray(b)).all()
+    assert [frame.size for frame in read_frames(written)] == [frame.size for frame in expected]
 
 
 def test_one_clip_of_a_video_is_in_memory(emu3):

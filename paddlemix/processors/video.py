@@ -41,7 +41,7 @@ def read_frames(path):
         import av
 
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = 1
         try:
             for frame in container.decode(stream):
                 yield frame.to_image().rotate(frame.rotation, expand=True)
