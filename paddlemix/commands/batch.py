@@ -13,7 +13,7 @@ from paddlemix.utils import InputError, real_number, whole_number
 from .console import Loading, Stopwatch, add_tasks, bare_parser, integer, number, progress_bar, say
 from .generate import add_drawing
 from .language_model import add_dtype, add_model_paths, make_pipeline, note_dtype, note_vision
-from .prepare import fitting_batch, interruptible, named, summarize
+from .prepare import add_batch_size, fitting_batch, interruptible, named, summarize
 
 SAY_EVERY = 60  # seconds, where there is no terminal for a bar
 
@@ -84,10 +84,7 @@ def add_encode(parser):
         "--image_area", type=integer, help="about how many pixels an image becomes, as in `emu3 prepare` (default: its "
         "own size, within what the vision tokenizer takes)"
     )  # fmt: skip
-    parser.add_argument(
-        "--batch_size", type=integer, help="images of one size that are encoded together (default: 1 on a CPU; on a "
-        "card up to 8, as its memory has room)"
-    )  # fmt: skip
+    add_batch_size(parser)
 
 
 def add_decode(parser):

@@ -27,12 +27,16 @@ def parser(prog=None):
         "--image_area", type=integer, help="about how many pixels an image becomes (default: 518400, 720 x 720, as in "
         "the original; of emu3-mini 4096)"
     )  # fmt: skip
+    add_batch_size(parser)
+    parser.add_argument("--shard_rows", type=integer, default=1000, help="rows of a file")
+    return parser
+
+
+def add_batch_size(parser):
     parser.add_argument(
         "--batch_size", type=integer, help="images of one size that are encoded together (default: 1 on a CPU; on a "
         "card up to 8, as its memory has room)"
     )  # fmt: skip
-    parser.add_argument("--shard_rows", type=integer, default=1000, help="rows of a file")
-    return parser
 
 
 def main(args):

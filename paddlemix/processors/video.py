@@ -41,7 +41,7 @@ def read_frames(path):
         import av
 
         stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
+        stream.codec_context.thread_count = 1  # the frames of a file must be the same each time
         try:
             for frame in container.decode(stream):
                 yield frame.to_image().rotate(frame.rotation, expand=True)
