@@ -19,7 +19,7 @@ import before_after
 import make_data
 import settle
 from evaluate import compare
-from make_data import NEWS, new_scene, presence
+from make_data import NEWS, conversation, new_scene, presence
 from recognise import recognise
 from world import NEW_COLOURS, NEW_SHAPES, SHAPES, held_out, places, random_scene, render
 
@@ -37,18 +37,27 @@ def test_recogniser_reads_what_is_new():
 
 
 def test_new_scenes_and_their_question():
-    rng = np.random.default_rng(1)
+    rng, answers = np.random.default_rng(1), []
     for i in range(60):
         scene = new_scene(rng, new=NEWS[i % 3], held=i % 2 == 0)
         assert held_out(scene) == (i % 2 == 0)
         shapes, colours = {t.shape for t in scene.things}, {t.colour for t in scene.things}
         assert ("house" in shapes) == (NEWS[i % 3] != "colour") and ("brown" in colours) == (NEWS[i % 3] != "shape")
-        answers = dict(presence(scene, rng))
-        assert sorted(answers.values()) == ["no", "yes"]
-        for question, answer in answers.items():
-            shape = question.removeprefix("Is there a ").removesuffix("?")
-            assert shape in SHAPES + NEW_SHAPES and (shape in shapes) == (answer == "yes")
+        question, answer = presence(scene, rng)
+        answers.append(answer)
+        shape = question.removeprefix("Is there a ").removesuffix("?")
+        assert shape in SHAPES + NEW_SHAPES and (shape in shapes) == (answer == "yes")
+    assert 18 < answers.count("yes") < 42 and set(answers) == {"yes", "no"}
     assert set(NEW_COLOURS) == {"brown"}
+
+
+def test_no_turn_tells_what_the_new_question_asks():
+    """Of the turns, those of the new question come first, and one's answer says nothing of the next one's."""
+    rng = np.random.default_rng(2)
+    asked = [conversation(new_scene(rng), rng) for _ in range(200)]
+    new = [[answer for question, answer in turns if question.startswith("Is there")] for turns in asked]
+    assert all(len(answers) == 2 and answers == [a for _, a in turns[:2]] for answers, turns in zip(new, asked))
+    assert 70 < sum(first == second for first, second in new) < 130
 
 
 def test_settled_codes_are_the_likeliest_of_those_that_were_seen():

@@ -43,7 +43,7 @@ def held_out_questions(scenes, seed):
 
     new = [scenes[NEWS[i % 3]][i] for i in range(len(scenes["known"]))]
     return {
-        "presence": [(s, *presence(s, rng)[i % 2]) for i, s in enumerate(new)],
+        "presence": [(s, *presence(s, rng)) for s in new],
         "about new": [(s, *any_known(s, about_new=True)) for s in new],
         "known": [(s, *any_known(s)) for s in scenes["known"]],
     }

@@ -21,7 +21,7 @@ from world import CANVASES, NEW_COLOURS, NEW_SHAPES, SHAPES, caption, held_out, 
 NEWS = ("shape", "colour", "both")
 SHARES = (0.3, 0.45, 0.25)  # of the scenes with something new
 TONE = "white"  # new things stand on it
-TURNS = 6  # of a conversation
+NEW_TURNS, KNOWN_TURNS = 2, 4  # of a conversation
 
 
 def new_scene(rng, things=None, new=None, held=False):
@@ -49,19 +49,21 @@ def known_scene(rng, things=None, held=False):
 
 
 def presence(scene, rng):
-    """The new question, of a shape that is there and of one that is not: [(question, answer), ...]"""
+    """The new question: (question, answer). Half of the answers are yes."""
     there = {thing.shape for thing in scene.things}
-    absent = [shape for shape in SHAPES + NEW_SHAPES if shape not in there]
-    asked = [(str(rng.choice(sorted(there))), "yes"), (str(rng.choice(absent)), "no")]
-    return [(f"Is there a {shape}?", answer) for shape, answer in asked]
+    answer = ("no", "yes")[rng.integers(2)]
+    shapes = [shape for shape in SHAPES + NEW_SHAPES if (shape in there) == (answer == "yes")]
+    return f"Is there a {shapes[rng.integers(len(shapes))]}?", answer
 
 
 def conversation(scene, rng):
-    """The new question, and some of those that Emu3-Mini knows, in any order: [(question, answer), ...]"""
-    known = [asked for kind, *asked in questions(scene) if kind != "describe"]
-    chosen = [known[i] for i in rng.permutation(len(known))[: TURNS - 2]]
-    turns = [tuple(turn) for turn in chosen] + presence(scene, rng)
-    return [turns[i] for i in rng.permutation(len(turns))]
+    """The new question, then some of those that Emu3-Mini knows: [(question, answer), ...]
+
+    In this order, and each new one drawn by itself: a shape that a turn before has named, or its answer, would tell.
+    """
+    known = [tuple(asked) for kind, *asked in questions(scene) if kind != "describe"]
+    chosen = [known[i] for i in rng.permutation(len(known))[:KNOWN_TURNS]]
+    return [presence(scene, rng) for _ in range(NEW_TURNS)] + chosen
 
 
 def main(args):
