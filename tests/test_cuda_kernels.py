@@ -299,7 +299,8 @@ def picked(logits, noise, top_k, scale, temperature, top_p):
     values = np.where(values < least, -np.float32(np.inf), values)
     if top_p < 1:
         ordered = -np.sort(-values, axis=-1)
-        weights = np.exp((ordered - ordered[:, :1]).astype(np.float64))
+        with np.errstate(invalid="ignore"):  # infinite logits
+            weights = np.exp((ordered - ordered[:, :1]).astype(np.float64))
         weights /= weights.sum(-1, keepdims=True)
         before = weights.cumsum(-1) - weights  # of equal ones that of the first decides
         is_first = ordered[:, 1:] < ordered[:, :-1]
