@@ -98,7 +98,7 @@ OPS_SOURCES := $(wildcard $(OPS)/build.py $(OPS)/setup.py $(OPS)/modules/*.py $(
 ops: .venv/ops
 
 .venv/ops: $(OPS_SOURCES) .venv/ready
-	@echo "Compiling the operators: a minute or two"
+	@echo "Compiling the operators: about a minute"
 	@$(RUN) -W ignore -m paddlemix.external_ops.build
 	@touch $@
 

@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "paddle/common/enforce.h"
-#include "paddle/extension.h"
+#include "paddle/phi/api/all.h"
 
 template <auto function>
 struct Kernel;

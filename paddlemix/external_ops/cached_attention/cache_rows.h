@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "paddle/extension.h"
+#include "paddle/phi/api/all.h"
 
 struct CacheRows {
   const int64_t* lengths;      // [batch]
