@@ -68,6 +68,17 @@ def after_backward(parameter, function):
     parameter._register_backward_hook(lambda *_: function())
 
 
+def take_gradient(parameter):
+    """The gradient of a parameter, which has none after that. Not a copy, which a reference to it would need to be:
+    clearing a gradient frees its memory, whoever refers to it."""
+    import paddle
+
+    gradient = paddle.empty_like(parameter.grad)
+    parameter.grad._share_buffer_to(gradient)
+    parameter.clear_gradient(False)
+    return gradient
+
+
 def is_parameter(tensor):
     import paddle
 

@@ -9,7 +9,7 @@ import paddle
 
 from paddlemix.external_ops.square_sum import square_sum
 from paddlemix.models.emu3.safetensors_file import SafetensorsFile, write_safetensors
-from paddlemix.paddle_private import after_backward
+from paddlemix.paddle_private import after_backward, take_gradient
 from paddlemix.utils import InputError, replacing
 
 BETAS, EPSILON = (0.9, 0.95), 1e-6  # the original's
@@ -74,10 +74,7 @@ class AdamW:
 
     @paddle.no_grad()
     def _hand_over(self, name):
-        weight = self.weights[name]
-        gradient = weight.grad  # copied: its own memory is given back
-        gradient = gradient.clone() if gradient.dtype == paddle.float32 else gradient.astype("float32")
-        weight.clear_gradient(False)
+        gradient = take_gradient(self.weights[name]).astype("float32")
         self.ranks.reduce(gradient, self.owners[name])
         if name in self.gradients:
             self.gradients[name].add_(gradient)
