@@ -125,7 +125,7 @@ finetune: venv
 	$(EMU3) train --model_path=emu3-mini --data_path "$(FINETUNE_RUN)/settled" --output_dir "$(FINETUNE_RUN)/lora" \
 		--lora --lora_rank=16 --lora_alpha=32 \
 		--lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head \
-		--learning_rate=3e-3 --min_learning_rate=1.5e-4 --warmup_steps=10 --weight_decay=0 --max_steps=600 \
+		--learning_rate=3e-3 --min_learning_rate=1.5e-4 --warmup_steps=10 --weight_decay=0 --max_steps=800 \
 		--per_device_train_batch_size=8 --gradient_accumulation_steps=1 --save_steps=200
 	$(RUN) $(FINETUNE)/before_after.py --lora_path "$(FINETUNE_RUN)/lora" --picture "$(FINETUNE_RUN)/before_after.png"
 

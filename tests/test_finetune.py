@@ -19,9 +19,9 @@ import before_after
 import make_data
 import settle
 from evaluate import compare
-from make_data import NEWS, conversation, new_scene, presence
+from make_data import NEWS, new_scene, sizes
 from recognise import recognise
-from world import NEW_COLOURS, NEW_SHAPES, SHAPES, held_out, places, random_scene, render
+from world import NEW_COLOURS, held_out, places, random_scene, render
 
 TARGETS = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"
 
@@ -37,27 +37,17 @@ def test_recogniser_reads_what_is_new():
 
 
 def test_new_scenes_and_their_question():
-    rng, answers = np.random.default_rng(1), []
+    rng = np.random.default_rng(1)
     for i in range(60):
         scene = new_scene(rng, new=NEWS[i % 3], held=i % 2 == 0)
         assert held_out(scene) == (i % 2 == 0)
         shapes, colours = {t.shape for t in scene.things}, {t.colour for t in scene.things}
         assert ("house" in shapes) == (NEWS[i % 3] != "colour") and ("brown" in colours) == (NEWS[i % 3] != "shape")
-        question, answer = presence(scene, rng)
-        answers.append(answer)
-        shape = question.removeprefix("Is there a ").removesuffix("?")
-        assert shape in SHAPES + NEW_SHAPES and (shape in shapes) == (answer == "yes")
-    assert 18 < answers.count("yes") < 42 and set(answers) == {"yes", "no"}
+        for (question, answer), thing in zip(sizes(scene), scene.things, strict=True):
+            of = question.removeprefix("What size is the ").removesuffix("?").removesuffix(" object")
+            assert (of in (thing.shape, thing.colour)) and answer == thing.size
+            assert sum(of in (other.shape, other.colour) for other in scene.things) == 1
     assert set(NEW_COLOURS) == {"brown"}
-
-
-def test_no_turn_tells_what_the_new_question_asks():
-    """Of the turns, those of the new question come first, and one's answer says nothing of the next one's."""
-    rng = np.random.default_rng(2)
-    asked = [conversation(new_scene(rng), rng) for _ in range(200)]
-    new = [[answer for question, answer in turns if question.startswith("Is there")] for turns in asked]
-    assert all(len(answers) == 2 and answers == [a for _, a in turns[:2]] for answers, turns in zip(new, asked))
-    assert 70 < sum(first == second for first, second in new) < 130
 
 
 def test_settled_codes_are_the_likeliest_of_those_that_were_seen():

@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "mini")]
 
 import numpy as np
 from evaluate import compare
-from make_data import NEWS, known_scene, new_scene, presence
+from make_data import NEWS, known_scene, new_scene, sizes
 from PIL import Image
 from recognise import recognise
 from world import NEW_COLOURS, NEW_SHAPES, caption, questions, render
@@ -41,9 +41,13 @@ def held_out_questions(scenes, seed):
         asked = [(q, a) for _, q, a in questions(scene) if not about_new or is_new(q) or is_new(a)]
         return asked[rng.integers(len(asked))]
 
+    def size(scene):  # rather of something small, so that about half are
+        asked = sizes(scene)
+        return next((a for a in asked if a[1] == "small"), asked[0])
+
     new = [scenes[NEWS[i % 3]][i] for i in range(len(scenes["known"]))]
     return {
-        "presence": [(s, *presence(s, rng)) for s in new],
+        "size": [(s, *size(s)) for s in new],
         "about new": [(s, *any_known(s, about_new=True)) for s in new],
         "known": [(s, *any_known(s)) for s in scenes["known"]],
     }
@@ -80,7 +84,7 @@ def measure(emu3, scenes, asked, seed):
         lines[f"{name} drawn"] = [shows_new(scene, read) for scene, (_, read) in zip(scenes[kind], drawn)]
         lines[f"images of {name} right in all"] = right_in_all(scenes[kind], drawn)
         some += [image for image, _ in drawn[:SHOWN]]
-    lines["'Is there a ...?' answered"] = answered(emu3, asked["presence"])
+    lines["'What size is the ...?' answered"] = answered(emu3, asked["size"])
     lines["other questions about what is new answered"] = answered(emu3, asked["about new"])
     lines["known scenes drawn right in all"] = right_in_all(scenes["known"], draw(emu3, scenes["known"], seed))
     lines["known questions answered"] = answered(emu3, asked["known"])

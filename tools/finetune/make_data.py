@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Pictures and texts for the tutorial of docs/finetune.md: what Emu3-Mini has never seen.
 
-A shape, the house; a colour, brown; and a question, whether a picture shows a shape. For each picture there are two
+A shape, the house; a colour, brown; and a question, how large something is. For each picture there are two
 rows of JSON: its caption, to draw it, and a conversation about it. Some of the pictures are of scenes that Emu3-Mini
 knows, so that it does not forget them. What `held_out` of tools/mini/world.py names is kept for measuring.
 """
@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "mini"))
 
 import numpy as np
 from PIL import Image
-from world import CANVASES, NEW_COLOURS, NEW_SHAPES, SHAPES, caption, held_out, questions, random_scene, render
+from world import CANVASES, NEW_COLOURS, NEW_SHAPES, caption, held_out, questions, random_scene, render
 
 NEWS = ("shape", "colour", "both")
 SHARES = (0.3, 0.45, 0.25)  # of the scenes with something new
 TONE = "white"  # new things stand on it
-NEW_TURNS, KNOWN_TURNS = 2, 4  # of a conversation
+KNOWN_TURNS = 4  # of a conversation, and a description
 
 
 def new_scene(rng, things=None, new=None, held=False):
@@ -48,22 +48,23 @@ def known_scene(rng, things=None, held=False):
             return scene
 
 
-def presence(scene, rng):
-    """The new question: (question, answer). Half of the answers are yes."""
-    there = {thing.shape for thing in scene.things}
-    answer = ("no", "yes")[rng.integers(2)]
-    shapes = [shape for shape in SHAPES + NEW_SHAPES if (shape in there) == (answer == "yes")]
-    return f"Is there a {shapes[rng.integers(len(shapes))]}?", answer
+def sizes(scene):
+    """The new question, of each object: [(question, answer), ...]"""
+    shapes = [thing.shape for thing in scene.things]
+    names = [t.shape if shapes.count(t.shape) == 1 else f"{t.colour} object" for t in scene.things]
+    return [(f"What size is the {name}?", thing.size) for name, thing in zip(names, scene.things)]
 
 
 def conversation(scene, rng):
-    """The new question, then some of those that Emu3-Mini knows: [(question, answer), ...]
+    """The new question, and some of those that Emu3-Mini knows: [(question, answer), ...]
 
-    In this order, and each new one drawn by itself: a shape that a turn before has named, or its answer, would tell.
+    In any order, but a description comes last: it would tell what others ask.
     """
-    known = [tuple(asked) for kind, *asked in questions(scene) if kind != "describe"]
-    chosen = [known[i] for i in rng.permutation(len(known))[:KNOWN_TURNS]]
-    return [presence(scene, rng) for _ in range(NEW_TURNS)] + chosen
+    known, descriptions = [], []
+    for kind, *turn in questions(scene):
+        (descriptions if kind == "describe" else known).append(tuple(turn))
+    turns = [known[i] for i in rng.permutation(len(known))[:KNOWN_TURNS]] + sizes(scene)
+    return [turns[i] for i in rng.permutation(len(turns))] + [descriptions[rng.integers(len(descriptions))]]
 
 
 def main(args):
@@ -92,6 +93,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="finetune_run/data", help="a folder for train.jsonl and images/")
     parser.add_argument("--new", type=int, default=700, help="images with the new shape or colour")
-    parser.add_argument("--known", type=int, default=200, help="images of what Emu3-Mini knows, against forgetting")
+    parser.add_argument("--known", type=int, default=300, help="images of what Emu3-Mini knows, against forgetting")
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())
