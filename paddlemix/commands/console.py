@@ -17,6 +17,7 @@ from paddlemix.machine import start_paddle
 from paddlemix.utils import InputError
 
 READER_IS_GONE = (errno.EPIPE, errno.EBADF)  # of a pipe, or closed from the start: nobody waits for what is printed
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DEVICE_HELP = "cpu, gpu or gpu:N (default: the GPU if Paddle has one)"
 
 
@@ -108,7 +109,15 @@ def run(parser, command, arguments=None):
         _settle_models(args)
         for text in start_paddle(args.device, quiet=not args.verbose):
             note(text)
-        command(args)
+        try:
+            command(args)
+        except OSError as error:
+            if error.errno not in DISK_IS_FULL:
+                raise
+            folder = next((v for v in map(vars(args).get, ("output_dir", "output_path", "output")) if v), "the disk")
+            raise InputError(
+                f"cannot write all into {folder} ({error.strerror}): make room there and give the same command again"
+            ) from None
 
 
 @contextlib.contextmanager
