@@ -338,6 +338,10 @@ def test_adapters_are_trained_and_gone_on_with(data, tmp_path, dtype):
     assert len(adapter) == 2 * 7 * 6 and all(np.abs(array).max() > 0 for array in adapter.values())
     with pytest.raises(InputError, match="it is a LoRA adapter: give the model that it belongs to"):
         open_model(settings_of(data, tmp_path, model_path=str(ends[0])))
+    for damage, fault in ((lambda file: file.write_bytes(b"a"), "truncated"), (Path.unlink, "is no optimizer's state")):
+        damage(ends[1] / optimizer)
+        with pytest.raises(InputError, match=f"cannot go on from .*checkpoint-3 .*{fault}.*: remove it, to go on"):
+            run(settings_of(data, tmp_path / "cut", **how))
 
 
 def test_a_run_draws_samples_and_curves(data, tmp_path):

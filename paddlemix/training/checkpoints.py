@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from paddlemix.models.emu3.hub import checkpoints_of_run
@@ -80,7 +81,8 @@ def rows_of_step_before(folder):
 
 
 def _read_state(checkpoint):
-    state = read_json(checkpoint / STATE)
+    with going_on(checkpoint):
+        state = read_json(checkpoint / STATE)
     job = state.get("job")
     if type(state.get("step")) is not int or not isinstance(job, dict) or type(job.get("rows of a step")) is not int:
         raise InputError(f"{checkpoint / STATE} is not of `emu3 train`: give another --output_dir")
@@ -89,4 +91,17 @@ def _read_state(checkpoint):
 
 def load_optimizer(path, optimizer):
     """Let the optimizer take what the processes of a checkpoint have saved, however many they were."""
-    optimizer.load(sorted(path.glob("optimizer-*.safetensors")))
+    with going_on(path):
+        optimizer.load(sorted(path.glob("optimizer-*.safetensors")))
+
+
+@contextmanager
+def going_on(checkpoint):
+    """Around the reading of a checkpoint of a run, which can be done without: the one before it is there."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(
+            f"cannot go on from {checkpoint} ({error}): remove it, to go on from the one before, or give another "
+            "--output_dir"
+        ) from None
