@@ -496,6 +496,7 @@ def test_settings_that_cannot_be(data, tmp_path, values, message):
     ("change", "message"),
     [
         ({"id": None}, "1 rows of the data have no id"),
+        ({"id": ""}, "row '' of the data has an empty id"),
         ({"id": "row3"}, "several rows of the data have the id 'row3'"),
         ({"text": " "}, "row 'row1' of the data has an empty text"),
         ({"text": None}, "have no text"),
@@ -507,6 +508,7 @@ def test_settings_that_cannot_be(data, tmp_path, values, message):
         ({"response": "a", "turns": [{"text": "b", "response": None}]}, "row 'row1' of the data has a turn without"),
         ({"response": "a", "turns": [{"text": " ", "response": "c"}]}, "row 'row1' of the data has a turn without"),
         ({"response": "a", "turns": [None]}, "row 'row1' of the data has a turn without"),
+        ({"turns": [{"text": "b", "response": "c"}]}, "row 'row1' of the data has turns, and no answer"),
         ({"codes": [99999] * 64, "height": 8, "width": 8}, "row 'row1' has codes from 99999 to 99999"),
         ({"codes": [-1] * 64, "height": 8, "width": 8}, "row 'row1' has codes from -1"),
         ({"text": "a " * 2000}, "row 'row1' takes .* tokens and the model has 1024 positions"),
