@@ -485,6 +485,10 @@ def test_two_processes_give_the_numbers_of_one(data, tmp_path):
         ({"max_position_embeddings": 12}, "takes .* tokens and the model has 12 positions"),
         ({"model_path": "/nowhere"}, "nowhere"),
         ({"max_grad_norm": -1}, "max_grad_norm must be a number from 0"),
+        ({"lora_rank": 16}, "lora_rank is of adapters: add --lora"),
+        ({"lora_target_modules": ["q_proj"]}, "lora_target_modules is of adapters"),
+        ({"sample_prompt": ["a " * 2000]}, "a sample_prompt has 2... tokens, the model has 1024 positions"),
+        ({"sample_prompt": ["a ring"], "image_area": 5}, "an area of .* leaves a picture of 0 x 0 tokens"),
     ],
 )
 def test_settings_that_cannot_be(data, tmp_path, values, message):

@@ -165,18 +165,23 @@ def evaluate(own, loss_of, at_once, ranks, stop):
 
 
 def open_sampler(settings, config, prompts):
-    """The Emu3Pipeline that draws samples. No weights are read. InputError: a prompt that cannot be, or no vision
-    tokenizer that belongs to the model."""
+    """The Emu3Pipeline that draws samples. No weights are read. InputError: a prompt or an area that cannot be, or no
+    vision tokenizer that belongs to the model."""
     from paddlemix.models.emu3 import Emu3VisionVQModel
-    from paddlemix.models.emu3.image_grammar import ImageGrammar
     from paddlemix.pipelines import Emu3Pipeline
+    from paddlemix.processors import Emu3Processor
+    from paddlemix.processors.prompts import POSITIVE_PROMPT
 
     emu3 = Emu3Pipeline(settings.model_path, settings.vq_model_path)
     emu3.config = config  # with the area that is asked for
-    emu3.check_generate(list(settings.sample_prompt), seed=settings.seed)
-    _ = emu3.defaults, emu3.image_processor
+    texts, ratios, area, *_ = emu3.check_generate(list(settings.sample_prompt), seed=settings.seed)
+    _ = emu3.defaults
     with closing(Emu3VisionVQModel.open_pretrained(emu3.vq_model_path)) as checkpoint:
-        ImageGrammar.from_tokenizer(prompts.tokenizer, checkpoint.model.config.codebook_size)
+        processor = Emu3Processor(emu3.image_processor, checkpoint.model, prompts.tokenizer)
+        rows = processor([text + POSITIVE_PROMPT for text in texts], ratio=ratios, image_area=area)["input_ids"]
+    longest, positions = max(map(len, rows)), config.max_position_embeddings
+    if longest > positions:
+        raise InputError(f"a sample_prompt has {longest} tokens, the model has {positions} positions: shorten it")
     return emu3
 
 
