@@ -617,6 +617,17 @@ def test_files_that_cannot_be(data, tmp_path):
     assert "1 rows have an error in the data and are left out" in [event.get("note") for event in events]
 
 
+def test_one_run_at_a_time_in_a_folder(data, tmp_path):
+    begun = train(settings_of(data, tmp_path, max_steps=1), threading.Event())
+    next(begun)
+    before = (tmp_path / "log.jsonl").stat()
+    with pytest.raises(InputError, match="another run goes on in .* now: wait for it, end it, or give another folder"):
+        run(settings_of(data, tmp_path, max_steps=1))
+    assert (tmp_path / "log.jsonl").stat() == before
+    begun.close()
+    assert run(settings_of(data, tmp_path, max_steps=1))[-1]["step"] == 1
+
+
 def test_another_run_is_not_gone_on_with(data, tmp_path):
     run(settings_of(data, tmp_path, max_steps=1))
     with pytest.raises(InputError, match="was trained with learning_rate 0.001, this command gives 0.002"):

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 import zlib
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,16 @@ def train(settings, stop, progress=False):
         InputError: what loading raises; data that does not fit the model; a checkpoint of another run; a loss or a
             gradient that is not a number, with the rows that it came from: nothing is written then.
     """
+    from .checkpoints import alone_in
+
+    ranks, folder = Ranks(GOES_ON), Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        ranks.together(lambda: ranks.rank or stack.enter_context(alone_in(folder)))
+        yield from _train(settings, ranks, folder, stop, progress)
+
+
+def _train(settings, ranks, folder, stop, progress):
     import paddle
 
     from .checkpoints import last_checkpoint, load_optimizer, rows_of_step_before, save_checkpoint
@@ -45,8 +55,7 @@ def train(settings, stop, progress=False):
     from .loss import next_token_loss
     from .optimizer import AdamW, cosine_with_min_lr
 
-    ranks, folder, at_once = Ranks(GOES_ON), Path(settings.output_dir), settings.per_device_train_batch_size
-    folder.mkdir(parents=True, exist_ok=True)
+    at_once = settings.per_device_train_batch_size
     config, prompts = open_model(settings)
     settings = replace(settings, dtype=weight_dtype(settings, config))
     data = PreparedData(settings.data_path, prompts.grammar.codebook_size)
