@@ -388,6 +388,18 @@ def test_a_parquet_file_that_is_damaged_inside(command, folder):
     assert len(errors) == 64 and errors[:16] == [None] * 16 and "damaged here" in errors[-1]
 
 
+def test_a_folder_that_cannot_be_made(command, folder, monkeypatch):
+    """Neither by a job nor by `emu3 batch`: one line, before a model is read."""
+    monkeypatch.setattr(Emu3VisionVQModel, "from_pretrained", None)
+    write_lines("rows.jsonl", captions())
+    Path("file").touch()
+    for output in ("file", "file/out"):
+        words = f" {output} cannot be made (there is a file): give the name of a folder"
+        refused(command(*arguments("rows.jsonl", output=output)), "--output_path" + words)
+        job = ["batch", "encode", "--input=rows.jsonl", "--output", output, "--vq_model_path=emu3-mini"]
+        refused(command(*job), "--output" + words)
+
+
 def test_none_of_the_rows_is_good(command, folder):
     write_lines("rows.jsonl", [{"text": "x", "image": "none.png"}] * 2)
     code, out, err = command(*arguments("rows.jsonl"))

@@ -17,6 +17,7 @@ from paddlemix.machine import start_paddle
 from paddlemix.utils import InputError
 
 READER_IS_GONE = (errno.EPIPE, errno.EBADF)  # of a pipe, or closed from the start: nobody waits for what is printed
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DEVICE_HELP = "cpu, gpu or gpu:N (default: the GPU if Paddle has one)"
 
 
@@ -108,7 +109,15 @@ def run(parser, command, arguments=None):
         _settle_models(args)
         for text in start_paddle(args.device, quiet=not args.verbose):
             note(text)
-        command(args)
+        try:
+            command(args)
+        except OSError as error:
+            if error.errno not in DISK_IS_FULL:
+                raise
+            folder = next((v for v in map(vars(args).get, ("output_dir", "output_path", "output")) if v), "the disk")
+            raise InputError(
+                f"cannot write all into {folder} ({error.strerror}): make room there and give the same command again"
+            ) from None
 
 
 @contextlib.contextmanager
@@ -303,11 +312,7 @@ def _check_outputs(args):
     """Hours of work must not end in a folder that cannot be written."""
     folders, files = [], []
     if getattr(args, "output_dir", None) is not None:
-        try:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from None
-        folders.append(args.output_dir)
+        make_folder("output_dir", args.output_dir)
     for name in ("stats_json", "preview"):
         file = getattr(args, name, None)
         if file and Path(file).exists() and not Path(file).is_file():
@@ -320,8 +325,22 @@ def _check_outputs(args):
     if len(set(files)) < len(files):
         raise InputError(f"--stats_json and --preview are one file, {args.preview}: give two")
     for folder in folders:
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(f"cannot write into {folder}: give a folder that exists and that you may write to")
+        _check_writable(folder)
+
+
+def make_folder(option, path):
+    """Make the folder that an option names. InputError: it cannot be made, or not written into."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+        raise InputError(f"--{option} {path} cannot be made ({reason}): give the name of a folder") from None
+    _check_writable(path)
+
+
+def _check_writable(folder):
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write into {folder}: give a folder that exists and that you may write to")
 
 
 def _is_stream(path, descriptor):

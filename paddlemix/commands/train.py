@@ -58,7 +58,9 @@ def main(args):
 
     def end(which, _):
         if stop.is_set():
-            os._exit(128 + which)
+            if which == signal.SIGINT:
+                os._exit(128 + which)
+            return  # Paddle's launcher sends SIGTERM several times, also after Ctrl-C
         stop.set()
         ended_by.append(which)
         if is_first:

@@ -1,8 +1,11 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The checkpoints of a training run: folders that are there when they are whole, with all that is needed to go on."""
 
+import fcntl
 import json
+import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from paddlemix.models.emu3.hub import checkpoints_of_run
@@ -10,6 +13,26 @@ from paddlemix.utils import InputError, read_json, write_atomically
 
 STATE = "training.json"
 OPTIMIZER = "optimizer-{:05d}-of-{:05d}.safetensors"
+
+
+@contextmanager
+def alone_in(folder):
+    """Around a run: no other one begins in its folder meanwhile. Where a file system has no such locks none is refused.
+
+    InputError: another run goes on there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"another run goes on in {folder} now: wait for it, end it, or give another folder") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def save_checkpoint(folder, step, job, write_model, optimizer, ranks, limit):
@@ -80,7 +103,8 @@ def rows_of_step_before(folder):
 
 
 def _read_state(checkpoint):
-    state = read_json(checkpoint / STATE)
+    with going_on(checkpoint):
+        state = read_json(checkpoint / STATE)
     job = state.get("job")
     if type(state.get("step")) is not int or not isinstance(job, dict) or type(job.get("rows of a step")) is not int:
         raise InputError(f"{checkpoint / STATE} is not of `emu3 train`: give another --output_dir")
@@ -89,4 +113,17 @@ def _read_state(checkpoint):
 
 def load_optimizer(path, optimizer):
     """Let the optimizer take what the processes of a checkpoint have saved, however many they were."""
-    optimizer.load(sorted(path.glob("optimizer-*.safetensors")))
+    with going_on(path):
+        optimizer.load(sorted(path.glob("optimizer-*.safetensors")))
+
+
+@contextmanager
+def going_on(checkpoint):
+    """Around the reading of a checkpoint of a run, which can be done without: the one before it is there."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(
+            f"cannot go on from {checkpoint} ({error}): remove it, to go on from the one before, or give another "
+            "--output_dir"
+        ) from None

@@ -123,9 +123,13 @@ class PreparedData:
         for name in ("id", "text", "height", "width"):
             if table[name].null_count:
                 raise InputError(f"{table[name].null_count} rows of the data have no {name}: mend or remove them")
+        refuse(empty(table["id"]), "has an empty id")
         refuse(empty(table["text"]), "has an empty text")
         refuse(pc.fill_null(empty(table["response"]), False), "has a picture and a question without an answer")
-        refuse(pa.array(map(has_hole, table["turns"].to_pylist())), "has a turn without a question or an answer")
+        turns = table["turns"]
+        refuse(pa.array(map(has_hole, turns.to_pylist())), "has a turn without a question or an answer")
+        more = pc.fill_null(pc.greater(pc.list_value_length(turns), 0), False)
+        refuse(pc.and_(more, table["response"].is_null()), "has turns, and no answer (response) before them")
         refuse(pc.less(pc.min_element_wise(table["height"], table["width"]), 1), "has a height or a width below 1")
         ids = table["id"].to_pandas()
         if len(twice := ids[ids.duplicated()]):

@@ -130,7 +130,7 @@ class AdamW:
 
         def read(name, shape):
             if name not in found or math.prod(found[name].shapes[name]) != math.prod(shape):
-                raise InputError(f"{paths[0]} lacks {name} {list(shape)}: it is of another model or adapter")
+                raise InputError(f"there is no optimizer's state of {name} {list(shape)}")
             return paddle.to_tensor(found[name].read(name, np.float32).reshape(shape))
 
         state = {}

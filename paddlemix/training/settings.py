@@ -85,6 +85,9 @@ class Settings:
             raise InputError("max_steps and num_train_epochs are 0: give one of them")
         if self.lora:
             _ = self.lora_config  # which refuses what cannot be
+        for one in () if self.lora else fields(self):
+            if one.name.startswith("lora_") and getattr(self, one.name) != one.default:
+                raise InputError(f"{one.name} is of adapters: add --lora, or leave it out to train all weights")
         if self.dtype in ("int8", "int4") and not self.lora:
             raise InputError(f"{self.dtype} weights cannot be trained: add --lora, or take float32 or bfloat16")
 

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 import zlib
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,16 @@ def train(settings, stop, progress=False):
         InputError: what loading raises; data that does not fit the model; a checkpoint of another run; a loss or a
             gradient that is not a number, with the rows that it came from: nothing is written then.
     """
+    from .checkpoints import alone_in
+
+    ranks, folder = Ranks(GOES_ON), Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        ranks.together(lambda: ranks.rank or stack.enter_context(alone_in(folder)))
+        yield from _train(settings, ranks, folder, stop, progress)
+
+
+def _train(settings, ranks, folder, stop, progress):
     import paddle
 
     from .checkpoints import last_checkpoint, load_optimizer, rows_of_step_before, save_checkpoint
@@ -45,8 +55,7 @@ def train(settings, stop, progress=False):
     from .loss import next_token_loss
     from .optimizer import AdamW, cosine_with_min_lr
 
-    ranks, folder, at_once = Ranks(GOES_ON), Path(settings.output_dir), settings.per_device_train_batch_size
-    folder.mkdir(parents=True, exist_ok=True)
+    at_once = settings.per_device_train_batch_size
     config, prompts = open_model(settings)
     settings = replace(settings, dtype=weight_dtype(settings, config))
     data = PreparedData(settings.data_path, prompts.grammar.codebook_size)
@@ -165,18 +174,23 @@ def evaluate(own, loss_of, at_once, ranks, stop):
 
 
 def open_sampler(settings, config, prompts):
-    """The Emu3Pipeline that draws samples. No weights are read. InputError: a prompt that cannot be, or no vision
-    tokenizer that belongs to the model."""
+    """The Emu3Pipeline that draws samples. No weights are read. InputError: a prompt or an area that cannot be, or no
+    vision tokenizer that belongs to the model."""
     from paddlemix.models.emu3 import Emu3VisionVQModel
-    from paddlemix.models.emu3.image_grammar import ImageGrammar
     from paddlemix.pipelines import Emu3Pipeline
+    from paddlemix.processors import Emu3Processor
+    from paddlemix.processors.prompts import POSITIVE_PROMPT
 
     emu3 = Emu3Pipeline(settings.model_path, settings.vq_model_path)
     emu3.config = config  # with the area that is asked for
-    emu3.check_generate(list(settings.sample_prompt), seed=settings.seed)
-    _ = emu3.defaults, emu3.image_processor
+    texts, ratios, area, *_ = emu3.check_generate(list(settings.sample_prompt), seed=settings.seed)
+    _ = emu3.defaults
     with closing(Emu3VisionVQModel.open_pretrained(emu3.vq_model_path)) as checkpoint:
-        ImageGrammar.from_tokenizer(prompts.tokenizer, checkpoint.model.config.codebook_size)
+        processor = Emu3Processor(emu3.image_processor, checkpoint.model, prompts.tokenizer)
+        rows = processor([text + POSITIVE_PROMPT for text in texts], ratio=ratios, image_area=area)["input_ids"]
+    longest, positions = max(map(len, rows)), config.max_position_embeddings
+    if longest > positions:
+        raise InputError(f"a sample_prompt has {longest} tokens, the model has {positions} positions: shorten it")
     return emu3
 
 
