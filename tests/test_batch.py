@@ -23,6 +23,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from paddlemix.jobs import pictures
+from paddlemix.jobs.inputs import open_sources, read_rows
 from paddlemix.pipelines import Emu3Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +92,8 @@ def test_generate(command, folder, emu3):
     rows = [
         {"id": "a/1", "prompt": "a red ring", "seed": 5},
         {"id": 2, "prompt": "a red ring", "seed": 5, "ratio": "2:1", "guidance_scale": 1, "other": [1]},
-        {"id": "c", "text": "a blue ring", "seed": 7, "height": 32, "temperature": 2.0, "top_k": 0, "top_p": 0.9},
+        {"id": "c", "prompt": None, "text": "a blue ring", "seed": 7, "height": 32, "temperature": 2.0, "top_k": 0,
+         "top_p": 0.9},
         {"id": "d", "prompt": "a blue ring", "seed": 8, "negative_prompt": "red", "guidance_scale": None},
     ]
     write_lines("rows.jsonl", rows)
@@ -100,7 +102,7 @@ def test_generate(command, folder, emu3):
     given = {"temperature": 0.7, "height": 16, "width": 16}
     for row, found in zip(rows, rows_in(), strict=True):
         own = {name: value for name, value in row.items() if name not in ("id", "prompt", "text", "other")}
-        codes, image = drawn_by(emu3, row.get("prompt", row.get("text")), **{**given, **own})
+        codes, image = drawn_by(emu3, row["prompt"] or row["text"], **{**given, **own})
         assert found["id"] == str(row["id"]) and found["seed"] == row["seed"] and found["error"] is None
         assert (codes_in()[found["id"]] == codes).all() and found["source"] == f"rows.jsonl:{rows.index(row) + 1}"
         with Image.open(f"out/images/{found['id'].replace('/', '%2F')}.png") as png:
@@ -177,7 +179,9 @@ BAD = {  # task: [(a row, words of its error)]
         ({"prompt": "x", "seed": -1}, "seed must be"), ({"prompt": "x", "seed": "1"}, "seed must be"),
         ({"prompt": "x", "ratio": "0:1"}, "ratio must be"), ({"prompt": "x", "top_p": 2}, "top_p must be"),
         ({"prompt": "x", "height": 1}, "a side takes at least"),
+        ({"prompt": "x", "ratio": 1.5}, "ratio must be"), ({"prompt": "x", "ratio": 0}, "ratio must be"),
         ({"prompt": "x", "negative_prompt": 1}, "negative_prompt must be a text"),
+        ({"prompt": "x", "negative_prompt": "\ud800"}, "negative_prompt is not UTF-8"),
         ({"prompt": "x", "height": 10**6, "width": 10**6}, "memory"), ({"prompt": "x" * 90_000}, "positions"),
         ({"prompt": ["x"], "guidance_scale": {}}, "prompt must be a text"),
     ],
@@ -294,6 +298,11 @@ def test_a_tar_that_is_gone(command, folder):
     refused(command(*line), "part-00000.tar is damaged, or has fewer pictures")
     Path("out/part-00000.tar").write_bytes(whole + b"more")
     assert command(*line)[0] == 0 and Path("out/part-00000.tar").read_bytes() == whole
+
+
+def test_null_is_not_given(folder):
+    write_lines("rows.jsonl", [{"id": None, "name": "a"}, {"id": None}])
+    assert [row.id for row in read_rows(open_sources(["rows.jsonl"]))] == ["a", "rows-2"]
 
 
 def test_progress_without_a_terminal(command, folder, monkeypatch):
