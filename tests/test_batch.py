@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import resource
 import socket
 import subprocess
 import sys
@@ -24,7 +25,10 @@ from pyarrow import parquet
 
 from paddlemix.jobs import pictures
 from paddlemix.jobs.inputs import open_sources, read_rows
+from paddlemix.jobs.outputs import Shards
+from paddlemix.jobs.workers import schema
 from paddlemix.pipelines import Emu3Pipeline
+from paddlemix.utils import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENE = ROOT / "paddlemix" / "demo_images" / "emu3_scene.png"
@@ -234,6 +238,7 @@ def test_bad_arguments(command, folder):
     refused(command(*batch("generate", "rows.jsonl", ratio="3")), "ratio must be")
     refused(command(*batch("understand", "rows.jsonl", max_new_tokens=0)), "max_new_tokens must be")
     assert not Path("out").exists()
+    refused(command(*batch("generate", "rows.jsonl", output="rows.jsonl")), "cannot write into rows.jsonl: File exists")
     assert command(*batch("generate", "rows.jsonl", seed=1))[0] == 0
     refused(command(*batch("generate", "rows.jsonl", seed=2)), "its options is", "'seed': 1", "'seed': 2")
     refused(command(*batch("generate", "rows.jsonl", seed=1, images=None)), "its images is None, and asked for is png")
@@ -298,6 +303,29 @@ def test_a_tar_that_is_gone(command, folder):
     refused(command(*line), "part-00000.tar is damaged, or has fewer pictures")
     Path("out/part-00000.tar").write_bytes(whole + b"more")
     assert command(*line)[0] == 0 and Path("out/part-00000.tar").read_bytes() == whole
+
+
+def test_a_full_disk(folder):
+    """What was whole before it stays, also in the tar, which is closed while nothing can be written."""
+    row = dict.fromkeys(schema().names)
+    try:
+        with (
+            pytest.raises(InputError, match="cannot write out/part-00000.parquet: File too large"),
+            Shards("out", schema(), 4, {}, "webdataset") as shards,
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (18_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            for i in range(4):
+                shards.add({**row, "id": f"{i}", "png": b"x" * 5000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+    with Shards("out", schema(), 4, {}, "webdataset") as shards:
+        assert shards.count == 2
+        for i in range(2, 4):
+            shards.add({**row, "id": f"{i}", "png": b"x" * 5000})
+    assert [row["id"] for row in rows_in()] == list("0123")
+    assert [path.name for path in Path("out").glob("*.tar")] == ["part-00000.tar"]  # none that is empty
+    with tarfile.open("out/part-00000.tar") as tar:
+        assert tar.getnames() == [f"{i}.{ending}" for i in range(4) for ending in ("png", "json")]
 
 
 def test_null_is_not_given(folder):
