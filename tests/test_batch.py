@@ -461,6 +461,22 @@ def test_a_clip_is_its_frames(command, clip):
     assert frame_rate("out/clip.mp4/recon_video.mp4") == (12, 10)
 
 
+def test_transparent_frames_are_over_white(folder):
+    """As the pictures of a folder are."""
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    from paddlemix.processors.video import read_frames
+
+    colours = np.full([48, 64, 4], [200, 40, 0, 255], np.uint8)
+    colours[:, :32, 3] = 0
+    with av.open("alpha.mov", "w") as file:
+        stream = file.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgba"
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(colours, format="rgba")))
+        file.mux(stream.encode(None))
+    [frame] = read_frames("alpha.mov")
+    assert frame.mode == "RGB" and frame.getcolors() == [(48 * 32, (255, 255, 255)), (48 * 32, (200, 40, 0))]
+
+
 def test_encode_video(command, clip, emu3):
     Path("cut.mp4").write_bytes(Path(clip).read_bytes()[:900])
     rows = [{"id": "a", "video": clip}, {"id": "b", "image": "twelve/0.png"}, {"video": "cut.mp4"}, {"video": "twelve"}]
