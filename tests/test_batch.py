@@ -390,6 +390,39 @@ def test_two_workers_to_the_end(command, folder):
     assert rows_in() == rows_in("ray")
 
 
+@pytest.mark.long
+@needs_ray
+def test_workers_are_spread_over_the_nodes():
+    """Two nodes on this machine, with room for both workers on each: one worker on each, and each gets rows."""
+    from ray import get_runtime_context
+    from ray.cluster_utils import Cluster
+
+    from paddlemix.jobs.actors import Actors
+
+    class Where:  # a worker whose rows become the node that it is on
+        def __init__(self):
+            self.job, self.rows, self.has_room = {}, [], True
+
+        def __bool__(self):
+            return bool(self.rows)
+
+        def add(self, number, row):
+            self.rows.append(number)
+
+        def step(self):
+            rows, self.rows = self.rows, []
+            return [(number, get_runtime_context().get_node_id()) for number in rows]
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=4)
+        with Actors(Where, address=cluster.address) as actors:
+            found = dict(actors.run(enumerate("x" * 100)))
+    finally:
+        cluster.shutdown()
+    assert sorted(found) == list(range(100)) and len(set(found.values())) == 2
+
+
 @needs_ray
 def test_too_few_processors_are_one_line(folder):
     write_lines("rows.jsonl", prompts(1))
