@@ -118,7 +118,7 @@ def read_parquet(path):
         except (pyarrow.ArrowException, OSError) as error:
             raise InputError(f"the file is damaged here ({' '.join(str(error).split())})") from None
         except StopIteration:
-            raise InputError("the file is damaged before this row") from None
+            raise InputError("the file is damaged here, or before this row") from None
 
     with file:
         for number in range(1, file.metadata.num_rows + 1):
