@@ -105,6 +105,14 @@ def real_number(name, value, accepted, least, most, advice=""):
     return number
 
 
+def check_utf_8(name, text):
+    """InputError: the text holds half of a surrogate pair, as of JSON's "\\ud800", which no file takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{name} is not UTF-8: {shown(text)}") from None
+
+
 def pad_rows(rows, pad, side="left", length=0):
     """Rows of ids -> (ids, mask), int64 arrays [rows, width]: padded to the longest row, or to `length` if longer.
 

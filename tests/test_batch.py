@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import resource
 import socket
 import subprocess
 import sys
@@ -23,7 +24,11 @@ from PIL import Image
 from pyarrow import parquet
 
 from paddlemix.jobs import pictures
+from paddlemix.jobs.inputs import open_sources, read_rows
+from paddlemix.jobs.outputs import Shards
+from paddlemix.jobs.workers import schema
 from paddlemix.pipelines import Emu3Pipeline
+from paddlemix.utils import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENE = ROOT / "paddlemix" / "demo_images" / "emu3_scene.png"
@@ -91,7 +96,8 @@ def test_generate(command, folder, emu3):
     rows = [
         {"id": "a/1", "prompt": "a red ring", "seed": 5},
         {"id": 2, "prompt": "a red ring", "seed": 5, "ratio": "2:1", "guidance_scale": 1, "other": [1]},
-        {"id": "c", "text": "a blue ring", "seed": 7, "height": 32, "temperature": 2.0, "top_k": 0, "top_p": 0.9},
+        {"id": "c", "prompt": None, "text": "a blue ring", "seed": 7, "height": 32, "temperature": 2.0, "top_k": 0,
+         "top_p": 0.9},
         {"id": "d", "prompt": "a blue ring", "seed": 8, "negative_prompt": "red", "guidance_scale": None},
     ]
     write_lines("rows.jsonl", rows)
@@ -100,7 +106,7 @@ def test_generate(command, folder, emu3):
     given = {"temperature": 0.7, "height": 16, "width": 16}
     for row, found in zip(rows, rows_in(), strict=True):
         own = {name: value for name, value in row.items() if name not in ("id", "prompt", "text", "other")}
-        codes, image = drawn_by(emu3, row.get("prompt", row.get("text")), **{**given, **own})
+        codes, image = drawn_by(emu3, row["prompt"] or row["text"], **{**given, **own})
         assert found["id"] == str(row["id"]) and found["seed"] == row["seed"] and found["error"] is None
         assert (codes_in()[found["id"]] == codes).all() and found["source"] == f"rows.jsonl:{rows.index(row) + 1}"
         with Image.open(f"out/images/{found['id'].replace('/', '%2F')}.png") as png:
@@ -177,7 +183,9 @@ BAD = {  # task: [(a row, words of its error)]
         ({"prompt": "x", "seed": -1}, "seed must be"), ({"prompt": "x", "seed": "1"}, "seed must be"),
         ({"prompt": "x", "ratio": "0:1"}, "ratio must be"), ({"prompt": "x", "top_p": 2}, "top_p must be"),
         ({"prompt": "x", "height": 1}, "a side takes at least"),
+        ({"prompt": "x", "ratio": 1.5}, "ratio must be"), ({"prompt": "x", "ratio": 0}, "ratio must be"),
         ({"prompt": "x", "negative_prompt": 1}, "negative_prompt must be a text"),
+        ({"prompt": "x", "negative_prompt": "\ud800"}, "negative_prompt is not UTF-8"),
         ({"prompt": "x", "height": 10**6, "width": 10**6}, "memory"), ({"prompt": "x" * 90_000}, "positions"),
         ({"prompt": ["x"], "guidance_scale": {}}, "prompt must be a text"),
     ],
@@ -230,6 +238,7 @@ def test_bad_arguments(command, folder):
     refused(command(*batch("generate", "rows.jsonl", ratio="3")), "ratio must be")
     refused(command(*batch("understand", "rows.jsonl", max_new_tokens=0)), "max_new_tokens must be")
     assert not Path("out").exists()
+    refused(command(*batch("generate", "rows.jsonl", output="rows.jsonl")), "cannot write into rows.jsonl: File exists")
     assert command(*batch("generate", "rows.jsonl", seed=1))[0] == 0
     refused(command(*batch("generate", "rows.jsonl", seed=2)), "its options is", "'seed': 1", "'seed': 2")
     refused(command(*batch("generate", "rows.jsonl", seed=1, images=None)), "its images is None, and asked for is png")
@@ -296,6 +305,34 @@ def test_a_tar_that_is_gone(command, folder):
     assert command(*line)[0] == 0 and Path("out/part-00000.tar").read_bytes() == whole
 
 
+def test_a_full_disk(folder):
+    """What was whole before it stays, also in the tar, which is closed while nothing can be written."""
+    row = dict.fromkeys(schema().names)
+    try:
+        with (
+            pytest.raises(InputError, match="cannot write out/part-00000.parquet: File too large"),
+            Shards("out", schema(), 4, {}, "webdataset") as shards,
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (18_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            for i in range(4):
+                shards.add({**row, "id": f"{i}", "png": b"x" * 5000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+    with Shards("out", schema(), 4, {}, "webdataset") as shards:
+        assert shards.count == 2
+        for i in range(2, 4):
+            shards.add({**row, "id": f"{i}", "png": b"x" * 5000})
+    assert [row["id"] for row in rows_in()] == list("0123")
+    assert [path.name for path in Path("out").glob("*.tar")] == ["part-00000.tar"]  # none that is empty
+    with tarfile.open("out/part-00000.tar") as tar:
+        assert tar.getnames() == [f"{i}.{ending}" for i in range(4) for ending in ("png", "json")]
+
+
+def test_null_is_not_given(folder):
+    write_lines("rows.jsonl", [{"id": None, "name": "a"}, {"id": None}])
+    assert [row.id for row in read_rows(open_sources(["rows.jsonl"]))] == ["a", "rows-2"]
+
+
 def test_progress_without_a_terminal(command, folder, monkeypatch):
     """A line now and then; after a resume the rate and the time left are those of this run."""
     monkeypatch.setattr("paddlemix.commands.batch.SAY_EVERY", 0)
@@ -351,6 +388,39 @@ def test_two_workers_to_the_end(command, folder):
     assert process.returncode == 0 and out == "wrote 24 rows, and 6 rows with errors to ray\n", err
     assert command(*batch("encode", "rows.jsonl"))[0] == 0
     assert rows_in() == rows_in("ray")
+
+
+@pytest.mark.long
+@needs_ray
+def test_workers_are_spread_over_the_nodes():
+    """Two nodes on this machine, with room for both workers on each: one worker on each, and each gets rows."""
+    from ray import get_runtime_context
+    from ray.cluster_utils import Cluster
+
+    from paddlemix.jobs.actors import Actors
+
+    class Where:  # a worker whose rows become the node that it is on
+        def __init__(self):
+            self.job, self.rows, self.has_room = {}, [], True
+
+        def __bool__(self):
+            return bool(self.rows)
+
+        def add(self, number, row):
+            self.rows.append(number)
+
+        def step(self):
+            rows, self.rows = self.rows, []
+            return [(number, get_runtime_context().get_node_id()) for number in rows]
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=4)
+        with Actors(Where, address=cluster.address) as actors:
+            found = dict(actors.run(enumerate("x" * 100)))
+    finally:
+        cluster.shutdown()
+    assert sorted(found) == list(range(100)) and len(set(found.values())) == 2
 
 
 @needs_ray
@@ -422,6 +492,22 @@ def test_a_clip_is_its_frames(command, clip):
     for name in names:
         assert (np.asarray(Image.open(f"out/twelve/{name}")) == np.asarray(Image.open(f"out/clip.mp4/{name}"))).all()
     assert frame_rate("out/clip.mp4/recon_video.mp4") == (12, 10)
+
+
+def test_transparent_frames_are_over_white(folder):
+    """As the pictures of a folder are."""
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    from paddlemix.processors.video import read_frames
+
+    colours = np.full([48, 64, 4], [200, 40, 0, 255], np.uint8)
+    colours[:, :32, 3] = 0
+    with av.open("alpha.mov", "w") as file:
+        stream = file.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgba"
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(colours, format="rgba")))
+        file.mux(stream.encode(None))
+    [frame] = read_frames("alpha.mov")
+    assert frame.mode == "RGB" and frame.getcolors() == [(48 * 32, (255, 255, 255)), (48 * 32, (200, 40, 0))]
 
 
 def test_encode_video(command, clip, emu3):

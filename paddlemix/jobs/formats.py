@@ -115,8 +115,10 @@ def read_parquet(path):
         try:
             before, done = done, number
             return next(islice(rows, number - before - 1, None))
-        except (pyarrow.ArrowException, OSError, StopIteration) as error:
-            raise InputError(f"the file is damaged here ({error})") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"the file is damaged here ({' '.join(str(error).split())})") from None
+        except StopIteration:
+            raise InputError("the file is damaged here, or before this row") from None
 
     with file:
         for number in range(1, file.metadata.num_rows + 1):

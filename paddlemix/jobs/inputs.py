@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from paddlemix.utils import InputError, shown
+from paddlemix.utils import InputError, check_utf_8, shown
 
 from .formats import READERS, Span, first_bytes, read_images
 
@@ -56,11 +56,13 @@ def text_of(name, value):
         raise InputError(f"{name} must be a text, got {shown(value)}" if value is not None else f"{name} is missing")
     if not value.strip():
         raise InputError(f"{name} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"{name} is not UTF-8: {shown(value)}") from None
+    check_utf_8(name, value)
     return value
+
+
+def first_given(values, *names):
+    """The first of these values that is there and not null, as columns of a table are in rows without one; or None."""
+    return next((values[name] for name in names if values.get(name) is not None), None)
 
 
 class Source:
@@ -92,7 +94,7 @@ class Source:
             values = load()
             if not isinstance(values, dict):
                 raise InputError(f"a row must be a JSON object, got {shown(values)}")
-            name = values.get("id", values.get("name"))
+            name = first_given(values, "id", "name")
             if name is None:
                 name = f"{self.label}-{place}"
             elif self.is_folder and self.label:

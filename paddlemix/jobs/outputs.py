@@ -33,7 +33,8 @@ class Shards:
     Then `count` is how many rows are there, `ids` their ids (a set), `failed` how many have an error, and `errors` of
     the first of these (source, error).
 
-    InputError: the folder is another job's, or another process's now, or holds something else or damaged files.
+    InputError: the folder is another job's, or another process's now, or holds something else or damaged files, or
+    cannot be written.
     """
 
     def __init__(self, folder, schema, rows_a_shard, job, images=None):
@@ -42,8 +43,11 @@ class Shards:
         self.pictures = KINDS[images](self.folder) if images else None
 
     def __enter__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        except OSError as error:
+            raise InputError(f"cannot write into {self.folder}: {error.strerror}; give another folder") from None
         self._check_job()
         for path in (*self.folder.glob(".part-*"), *self.folder.glob(".job-*")):  # what a kill has left
             path.unlink()
@@ -133,7 +137,7 @@ class Shards:
         started = time.monotonic()
         table = pyarrow.concat_tables([self.table, pyarrow.Table.from_pylist(self.rows, self.schema)])
         if self.pictures and len(table) >= self.rows_a_shard:
-            self.pictures.close()  # before the rows: whoever finds them finds it whole
+            self._written(self.pictures.close)  # before the rows: whoever finds them finds it whole
         self._written(self._write, table)
         self.rows = []  # before the table: an interrupt between the two must not double rows
         self.table = table
@@ -163,12 +167,12 @@ class Shards:
         write_atomically(self.folder / JOB, json.dumps({**self.job, "rows": self.count}, indent=2) + "\n")
 
     def __exit__(self, *exception):
-        try:
-            self.keep()
-        finally:
-            if self.pictures:
-                self.pictures.close()
-            self.lock.close()
+        with self.lock:
+            try:
+                self.keep()
+            finally:
+                if self.pictures:
+                    self._written(self.pictures.close)
 
 
 def _other(value, beside):

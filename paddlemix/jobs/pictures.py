@@ -46,24 +46,32 @@ class Tars:
         self.folder, self.tar = folder, None
 
     def open(self, number, count):
-        """Go on behind `count` pictures of a part. InputError: its tar has fewer."""
+        """Go on behind `count` pictures of a part. Where there is none its tar is made with the first one: readers
+        refuse an empty one. InputError: the tar has fewer."""
         self.close()
-        path, end = self.folder / f"part-{number:05d}.tar", 0
-        if count:
-            try:
-                with tarfile.open(path, "r:") as tar:
-                    for _ in range(2 * count):
-                        member = tar.next()
-                        end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            except (tarfile.TarError, OSError, AttributeError):  # tar.next() is None at its end
-                raise InputError(f"{path} is damaged, or has fewer pictures than its Parquet file has rows: remove "
-                                 "both and all parts after them, and they are made again") from None  # fmt: skip
-        self.file = path.open("r+b" if count else "wb")
+        self.path = path = self.folder / f"part-{number:05d}.tar"
+        if not count:
+            path.unlink(missing_ok=True)  # what a kill has left
+            return
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for _ in range(2 * count):
+                    member = tar.next()
+                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        except (tarfile.TarError, OSError, AttributeError):  # tar.next() is None at its end
+            raise InputError(f"{path} is damaged, or has fewer pictures than its Parquet file has rows: remove "
+                             "both and all parts after them, and they are made again") from None  # fmt: skip
+        self._append("r+b", end)
+
+    def _append(self, mode, end):
+        self.file = self.path.open(mode)
         self.file.truncate(end)
         self.file.seek(end)
         self.tar = tarfile.open(fileobj=self.file, mode="w")  # noqa: SIM115
 
     def add(self, row, ending, data):
+        if self.tar is None:
+            self._append("wb", 0)
         name = file_name(row["id"], plain=True)
         values = {name: row[name] for name in ("id", "height", "width", "seed") if row.get(name) is not None}
         for kind, content in ((ending, data), ("json", json.dumps(values).encode())):

@@ -26,7 +26,7 @@ from paddlemix.processors.video import VideoFile, read_frames
 from paddlemix.results import png_info
 from paddlemix.utils import InputError, shown, whole_number, whole_numbers
 
-from .inputs import image_of, printable, text_of
+from .inputs import first_given, image_of, printable, text_of
 
 WAITING = 8  # batches' worth of images that wait for others of their size
 DRAWING = (
@@ -186,7 +186,7 @@ def generate(pipeline, options, batch_size=None, images=False):
 
     def prepare(row, batch):
         values = row.values
-        prompt = text_of("prompt", values.get("prompt", values.get("text")))
+        prompt = text_of("prompt", first_given(values, "prompt", "text"))
         generation = pipeline.generate_steps(prompt, batch=batch, **asked(row, options, DRAWING))
 
         def finish():

@@ -24,7 +24,7 @@ from paddlemix.models.emu3.hub import fetch, matching_vision_tokenizer
 from paddlemix.processors.emu3_processing import Emu3Processor, generate_size
 from paddlemix.processors.image_processing_emu3 import Emu3VisionVQImageProcessor
 from paddlemix.processors.prompts import CHAT_TEMPLATE, NEGATIVE_PROMPT, POSITIVE_PROMPT, check_chat_template
-from paddlemix.utils import InputError, read_json, shown, whole_number
+from paddlemix.utils import InputError, check_utf_8, read_json, shown, whole_number
 
 from .steps import Generation, Reconstruction, Understanding
 
@@ -246,15 +246,18 @@ class Emu3Pipeline:
         checked = check_values(**given, seed=0 if seed is None else seed)
         if not isinstance(negative_prompt, (str, type(None))):
             raise InputError(f"negative_prompt must be a text, got {shown(negative_prompt)}")
+        check_utf_8("negative_prompt", negative_prompt or "")
         pictures = self._pictures(prompt, ratio, height, width, num_images)
         return *pictures, {name: checked[name] for name in given}, None if seed is None else checked["seed"]
 
     def _pictures(self, prompt, ratio, height, width, num_images):
         """A prompt and a ratio for each picture, and how many pixels they have."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        ratios = [ratio] if isinstance(ratio, str) else list(ratio or [])
+        prompts, ratios = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (prompt, ratio))
+        ratios = [] if ratio is None else ratios
         if not prompts or not all(isinstance(text, str) for text in prompts):
             raise InputError("prompt must be a text or a list of texts, at least one")
+        for text in prompts:
+            check_utf_8("prompt", text)
         num_images = whole_number("num_images", num_images, "1 or more, a whole number", 1)
         if len(prompts) * num_images > MOST_PICTURES:
             raise InputError(f"at most {MOST_PICTURES} pictures are drawn together, got {len(prompts) * num_images}")

@@ -4,7 +4,11 @@
 import os
 from pathlib import Path
 
+from PIL import Image
+
 from paddlemix.utils import InputError
+
+from .image_processing_emu3 import over_white
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 
@@ -43,9 +47,16 @@ def read_frames(path):
         stream = container.streams.video[0]
         try:
             for frame in container.decode(stream):
-                yield frame.to_image().rotate(frame.rotation, expand=True)
+                yield _picture(frame).rotate(frame.rotation, expand=True)
         except (av.FFmpegError, OSError, ValueError) as error:
             raise InputError(f"{path} is damaged or cut short ({error}): check the file") from None
+
+
+def _picture(frame):
+    """PyAV's frame in mode RGB, over white where it is transparent, as pictures are."""
+    if not any(component.is_alpha for component in frame.format.components):
+        return frame.to_image()
+    return over_white(Image.fromarray(frame.to_ndarray(format="rgba")))[0]
 
 
 def frame_rate(path):
