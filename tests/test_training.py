@@ -344,6 +344,20 @@ def test_adapters_are_trained_and_gone_on_with(data, tmp_path, dtype):
             run(settings_of(data, tmp_path / "cut", **how))
 
 
+def test_an_adapter_is_not_gone_on_with_over_other_weights(data, tmp_path):
+    """Even where the path of the model is the same."""
+    base = tmp_path / "base"
+    shutil.copytree(MINI_DIRECTORY / "language_model", base)
+    how = settings_of(data, tmp_path / "run", model_path=str(base), lora=True, lora_rank=2, max_steps=1)
+    run(how)
+    run(how)
+    model = Emu3ForCausalLM.from_pretrained(base)
+    model.model.norm.weight.set_value(model.model.norm.weight * 1.001)
+    model.save_pretrained(base)
+    with pytest.raises(InputError, match="was trained with base weights '[0-9a-f]{8}', this command"):
+        run(how)
+
+
 def test_a_run_draws_samples_and_curves(data, tmp_path):
     """Of the area that is trained. What goes wrong there costs no step, and is made again."""
     from PIL import Image

@@ -15,7 +15,7 @@ from .language_model import (
     make_pipeline,
     note_dtype,
 )
-from .unfinished import Unfinished, fingerprint
+from .unfinished import Unfinished
 
 
 def parser(prog=None):
@@ -65,6 +65,8 @@ def add_drawing(parser):
 
 
 def main(args):
+    from paddlemix.models.emu3.checkpoint import fingerprint
+
     emu3 = make_pipeline(args)
     if follows({None: emu3}):
         return
@@ -78,7 +80,8 @@ def main(args):
         emu3.load()
     for text in generation.notes:
         note(text)
-    unfinished = Unfinished(args, {**generation.settings, "seed": args.seed, "checkpoint": fingerprint(emu3.model)})
+    checkpoint = fingerprint(emu3.model.parameters())
+    unfinished = Unfinished(args, {**generation.settings, "seed": args.seed, "checkpoint": checkpoint})
     try:
         generation.resume(unfinished.drawn, unfinished.settings["seed"])
     except InputError as error:

@@ -10,7 +10,6 @@ from paddlemix.utils import InputError, whole_number
 from .console import Loading, Stopwatch, integer, make_folder, make_parser, note, progress_bar, say, to_stderr
 from .files import write_stats
 from .language_model import note_vision
-from .unfinished import fingerprint
 
 
 def parser(prog=None):
@@ -86,7 +85,9 @@ def main(args):
 
 def named(path, model):
     """A model as a job names it: another one of this name has other weights."""
-    return f"{path} {fingerprint(model):08x}"
+    from paddlemix.models.emu3.checkpoint import fingerprint
+
+    return f"{path} {fingerprint(model.parameters()):08x}"
 
 
 def fitting_batch(model, image_area, most=8):

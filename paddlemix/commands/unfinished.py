@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import zipfile
-import zlib
 from pathlib import Path
 
 from paddlemix.results import claim_paths
@@ -113,11 +112,3 @@ def _read(path):
 def _differences(saved, asked):
     names = [k for k in asked if saved.get(k) != asked[k] and not (k == "seed" and asked[k] is None)]
     return [f"its {k} is {saved.get(k)!r}, asked for is {asked[k]!r}" for k in names]
-
-
-def fingerprint(model):
-    """A number of a model's weights, of the first row of each, that differs from another model's."""
-    value = 0
-    for weight in model.parameters():
-        value = zlib.crc32(weight[0].numpy().tobytes(), value)
-    return value

@@ -50,6 +50,8 @@ def train(settings, stop, progress=False):
 def _train(settings, ranks, folder, stop, progress):
     import paddle
 
+    from paddlemix.models.emu3.checkpoint import fingerprint
+
     from .checkpoints import last_checkpoint, load_optimizer, rows_of_step_before, save_checkpoint
     from .curves import Log
     from .loss import next_token_loss
@@ -68,6 +70,9 @@ def _train(settings, ranks, folder, stop, progress):
     job = settings.job(len(data), count, data.digest)
     checkpoint, done = last_checkpoint(folder, job)
     model, weights, write_model = load_model(settings, config, checkpoint, at_once * rows.longest, ranks, progress)
+    if settings.lora:  # the model's path may lead to other weights by now
+        job["base weights"] = f"{fingerprint(w for w in model.parameters() if w.stop_gradient):08x}"
+        last_checkpoint(folder, job)
     optimizer = AdamW(weights, settings.weight_decay, ranks)
     if checkpoint:
         load_optimizer(checkpoint, optimizer)
