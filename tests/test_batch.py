@@ -134,7 +134,7 @@ def test_understand(command, folder, emu3):
     questions = ["How many objects are there?", None, "What is it?", "Please describe the image"]
     data = [SCENE.read_bytes(), SCENE.read_bytes(), b"no picture", SCENE.read_bytes()]
     table = {"id": list("abcd"), "image": data, "question": questions, "temperature": [None, None, None, 3.0],
-             "seed": [None, None, None, 4]}  # fmt: skip
+             "seed": [None, None, None, 4.0]}  # fmt: skip
     parquet.write_table(pa.table(table), "rows.parquet")
     code, out, err = command(*batch("understand", "rows.parquet", max_new_tokens=9, question="What colour is it?"))
     assert code == 0 and out == "wrote 3 rows, and 1 rows with errors to out\n" and "rows.parquet:3: " in err

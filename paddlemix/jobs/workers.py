@@ -82,6 +82,9 @@ def asked(row, options, names):
     """The values of a worker's options for a row: its own come first. A seed that it does not have is of its id, so
     that no two rows without one are drawn with the same noise, and the order does not matter."""
     own = {name: row.values[name] for name in names if row.values.get(name) is not None}
+    for name, value in own.items():
+        if isinstance(value, float) and value.is_integer():  # pandas' way of whole numbers in a column with gaps
+            own[name] = int(value)
     if own.get("seed") is None:
         digest = hashlib.sha256(f"{options['seed']} {row.id}".encode()).digest()
         own["seed"] = int.from_bytes(digest[:4], "big")
