@@ -566,6 +566,6 @@ def test_one_clip_of_a_video_is_in_memory(emu3):
 
 def test_video_without_pyav(command, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    Path("clip.mp4").write_bytes(b"")
-    line = "autoencode", "--model_path=emu3-mini", "--video_path=clip.mp4"
-    refused(command(*line), "clip.mp4: to read and write video needs PyAV: pip install av==17.1.0")
+    Path("clip.gif").write_bytes(b"")  # any file is a video
+    line = "autoencode", "--model_path=emu3-mini", "--video_path=clip.gif"
+    refused(command(*line), "clip.gif: to read and write video needs PyAV: pip install av==17.1.0")

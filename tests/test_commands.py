@@ -753,7 +753,7 @@ def test_a_picture_that_memory_does_not_hold(command, folder, checkpoints, monke
 def test_output_folders_that_cannot_be(command, folder):
     (folder / "file").write_text("")
     refused(see(command, "--output_dir", "file/sub"), folder, "--output_dir")
-    refused(see(command, "--video_path", "file"), folder, "--video_path", "folder of frames")
+    refused(see(command, "--video_path", "missing"), folder, "--video_path missing is not there", "folder of frames")
     (folder / "empty").mkdir()
     refused(see(command, "--video_path", "empty"), folder, "holds no picture")
 

@@ -36,11 +36,11 @@ def parser(prog=None):
 
 def main(args):
     from paddlemix.pipelines import Emu3Pipeline
-    from paddlemix.processors.video import VIDEOS, VideoFile, frame_rate, read_frames
+    from paddlemix.processors.video import VideoFile, frame_rate, read_frames
 
     folder, ends = Path(args.output_dir), ("", "_compare")
     refuse_to_overwrite([folder / f"recon_image{end}.png" for end in ends], filter(None, [args.image_path]))
-    is_clip = args.video_path is not None and Path(args.video_path).suffix.lower() in VIDEOS
+    is_clip = args.video_path is not None and Path(args.video_path).is_file()
     files = frame_paths(args.video_path) if args.video_path and not is_clip else []
     rate, count = frame_rate(args.video_path) if is_clip else (None, len(files))
     names = [folder / f"recon_video_{i}{end}.png" for i in range(len(files)) for end in ends]

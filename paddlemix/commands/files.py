@@ -45,7 +45,7 @@ def frame_paths(folder):
     from PIL import Image
 
     if not Path(folder).is_dir():
-        raise InputError(f"--video_path {folder}: give a folder of frames, such as 000.png, 001.png, or a clip.mp4")
+        raise InputError(f"--video_path {folder} is not there: give a folder of frames such as 000.png, or a video")
     suffixes = Image.registered_extensions()
     paths = [p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")]
     if not paths:

@@ -10,8 +10,6 @@ from paddlemix.utils import InputError
 
 from .image_processing_emu3 import over_white
 
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
-
 
 def pyav(path):
     """PyAV. InputError, about a path: it is not installed."""
