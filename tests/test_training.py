@@ -617,6 +617,11 @@ def test_files_of_others_in_the_folder(tmp_path):
             read_log(tmp_path / "log.jsonl")
 
 
+def test_a_step_of_too_many_rows(data, tmp_path):
+    with pytest.raises(InputError, match="a step of 1,000,000,000,000 rows .*: give 1,048,576 at most"):
+        run(settings_of(data, tmp_path, gradient_accumulation_steps=10**12))
+
+
 def test_files_that_cannot_be(data, tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1, not")
     with pytest.raises(InputError, match="not a Parquet file that can be read"):

@@ -18,6 +18,7 @@ from paddlemix.utils import InputError, shown
 from .datasets import PreparedData, Rows, collate
 
 GOES_ON = "the same command goes on from the last checkpoint, with any number of processes"
+MOST_ROWS = 1 << 20  # of a step, whose places are listed
 
 
 def train(settings, stop, progress=False):
@@ -65,6 +66,11 @@ def _train(settings, ranks, folder, stop, progress):
     if settings.sample_prompt and ranks.rank == 0:
         open_sampler(settings, config, prompts)  # a mistake ends the run now, not after hours
     asked = at_once * settings.gradient_accumulation_steps * ranks.count
+    if asked > MOST_ROWS:
+        raise InputError(
+            f"a step of {asked:,} rows (per_device_train_batch_size x gradient_accumulation_steps x processes): give "
+            f"{MOST_ROWS:,} at most"
+        )
     count = rows_of_step_before(folder) or asked  # the steps stay what they were, whatever the number of processes
     max_steps = settings.max_steps or math.ceil(settings.num_train_epochs * len(rows.trained) / count)
     job = settings.job(len(data), count, data.digest)
