@@ -10,7 +10,7 @@ from functools import partial
 from paddlemix.machine import start_paddle
 from paddlemix.utils import InputError, real_number, whole_number
 
-from .console import Loading, Stopwatch, add_tasks, bare_parser, integer, make_folder, number, progress_bar, say
+from .console import Loading, Stopwatch, add_tasks, bare_parser, check_folder, integer, number, progress_bar, say
 from .generate import add_drawing
 from .language_model import add_dtype, add_model_paths, make_pipeline, note_dtype, note_vision
 from .prepare import add_batch_size, fitting_batch, interruptible, named, summarize
@@ -121,7 +121,7 @@ def main(args):
     if args.workers is not None and args.ray is None:
         raise InputError("--workers is for --ray: give both")
     sources = open_sources(args.input)
-    make_folder("output", args.output)
+    check_folder("output", args.output)
     total, images = sum(source.count for source in sources), getattr(args, "images", None)
     with ExitStack() as stack:
         with Loading() as load:

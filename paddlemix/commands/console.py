@@ -312,7 +312,13 @@ def _check_outputs(args):
     """Hours of work must not end in a folder that cannot be written."""
     folders, files = [], []
     if getattr(args, "output_dir", None) is not None:
-        make_folder("output_dir", args.output_dir)
+        check_folder("output_dir", args.output_dir)
+        try:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--output_dir {args.output_dir} cannot be made ({error.strerror}): give another"
+            ) from None
     for name in ("stats_json", "preview"):
         file = getattr(args, name, None)
         if file and Path(file).exists() and not Path(file).is_file():
@@ -328,14 +334,13 @@ def _check_outputs(args):
         _check_writable(folder)
 
 
-def make_folder(option, path):
-    """Make the folder that an option names. InputError: it cannot be made, or not written into."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = "there is a file" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
-        raise InputError(f"--{option} {path} cannot be made ({reason}): give the name of a folder") from None
-    _check_writable(path)
+def check_folder(option, path):
+    """InputError: what the option names is no folder, cannot become one, or cannot be written into. None is made."""
+    path = Path(path)
+    there = next(one for one in (path, *path.absolute().parents) if os.path.exists(one))
+    if not there.is_dir():
+        raise InputError(f"--{option} {path} cannot be made (there is a file): give the name of a folder")
+    _check_writable(there)
 
 
 def _check_writable(folder):

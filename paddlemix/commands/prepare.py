@@ -7,7 +7,7 @@ import signal
 
 from paddlemix.utils import InputError, whole_number
 
-from .console import Loading, Stopwatch, integer, make_folder, make_parser, note, progress_bar, say, to_stderr
+from .console import Loading, Stopwatch, check_folder, integer, make_parser, note, progress_bar, say, to_stderr
 from .files import write_stats
 from .language_model import note_vision
 
@@ -56,7 +56,7 @@ def main(args):
     if args.image_area is None:
         args.image_area = Emu3Config.from_pretrained(MINI).image_area if args.vq_model_path == MINI else 720 * 720
     processor = make_processor(args.vq_model_path, args.image_area)
-    make_folder("output_path", args.output_path)
+    check_folder("output_path", args.output_path)
     with Loading() as load:
         model = Emu3VisionVQModel.from_pretrained(args.vq_model_path, progress=True)
         note_vision(model)
