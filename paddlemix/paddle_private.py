@@ -79,6 +79,11 @@ def take_gradient(parameter):
     return gradient
 
 
+def optimize(optimizer, pairs):
+    """A step of an optimizer with (parameter, gradient) pairs. To set a parameter's `grad` would copy it."""
+    optimizer._apply_optimize(loss=None, startup_program=None, params_grads=pairs)
+
+
 def is_parameter(tensor):
     import paddle
 

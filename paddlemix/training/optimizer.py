@@ -9,7 +9,7 @@ import paddle
 
 from paddlemix.external_ops.square_sum import square_sum
 from paddlemix.models.emu3.safetensors_file import SafetensorsFile, write_safetensors
-from paddlemix.paddle_private import after_backward, take_gradient
+from paddlemix.paddle_private import after_backward, optimize, take_gradient
 from paddlemix.utils import InputError, replacing
 
 BETAS, EPSILON = (0.9, 0.95), 1e-6  # the original's
@@ -93,12 +93,10 @@ class AdamW:
         norm = math.sqrt(self.ranks.sum_numbers(squares)[0])
         if math.isfinite(norm) and self.masters:
             scale = min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0  # as torch.nn.utils.clip_grad_norm_
-            for name, gradient in self.gradients.items():
-                self.masters[name].grad = gradient.scale_(scale) if scale < 1 else gradient
+            for gradient in self.gradients.values() if scale < 1 else ():
+                gradient.scale_(scale)
             self.adamw.set_lr(learning_rate)
-            self.adamw.step()
-            for master in self.masters.values():
-                master.clear_gradient(False)
+            optimize(self.adamw, [(self.masters[name], gradient) for name, gradient in self.gradients.items()])
         self.gradients = {}
         if math.isfinite(norm):
             self._share()
