@@ -73,7 +73,7 @@ def training_bytes(config, dtype, tokens, rank=0, recompute=False, processes=1, 
         "weights": weight_bytes(config, dtype),
         "optimizer": trained * state // processes,
         "activations": tokens * (kept * activation + masks),
-        "head": logits + (0 if rank else 4 * config.vocab_size * hidden),  # the largest gradient, before it is kept
+        "head": logits,
     }
 
 
