@@ -1,9 +1,9 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """Pictures and texts for the tutorial of docs/finetune.md: what Emu3-Mini has never seen.
 
-A shape, the house; a colour, brown; and a question, how large something is. For each picture there are two
-rows of JSON: its caption, to draw it, and a conversation about it. Some of the pictures are of scenes that Emu3-Mini
-knows, so that it does not forget them. What `held_out` of tools/mini/world.py names is kept for measuring.
+A shape, the house; a colour, brown; and a question, how large something is. For each picture there are two rows
+of JSON: its caption, to draw it, and a conversation about it. Some of the pictures are of scenes that Emu3-Mini knows,
+so that it does not forget them. What `held_out` of tools/mini/world.py names is kept for measuring.
 """
 
 import argparse
