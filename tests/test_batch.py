@@ -425,10 +425,21 @@ def test_workers_are_spread_over_the_nodes():
 
 @needs_ray
 def test_too_few_processors_are_one_line(folder):
+    """Of this machine: a cluster that the environment names is not what --ray alone means."""
     write_lines("rows.jsonl", prompts(1))
-    process = start(*batch("generate", "rows.jsonl"), "--ray", f"--workers={100 * os.cpu_count()}")
+    workers = f"--workers={100 * os.cpu_count()}"
+    process = start(*batch("generate", "rows.jsonl"), "--ray", workers, RAY_ADDRESS="127.0.0.1:1")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2 and out == "" and err.count("\n") == 1 and "take fewer --workers" in err
+
+
+@needs_ray
+@pytest.mark.parametrize("address, environment", [("127.0.0.1:1", {}), ("auto", {"RAY_ADDRESS": "127.0.0.1:1"})])
+def test_a_cluster_that_is_gone_is_one_line(folder, address, environment):
+    write_lines("rows.jsonl", prompts(1))
+    process = start(*batch("generate", "rows.jsonl"), f"--ray={address}", **environment)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and out == "" and err.count("\n") == 1 and ":1': give its head" in err
 
 
 @needs_ray

@@ -34,7 +34,9 @@ def test_two_replicas_give_the_pictures_of_the_pipeline():
     server = serve("--replicas=2", "--port=0")
     try:
         line = server.stdout.readline()
-        assert line.startswith("listening on http://127.0.0.1:") and line.endswith(", 2 replicas\n")
+        if not line.startswith("listening on http://127.0.0.1:"):
+            pytest.fail(f"{line}{server.communicate(timeout=60)}")
+        assert line.endswith(", 2 replicas\n")
         url = line.split()[2].rstrip(",")
         assert len(replicas()) == 2
 

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
 from collections import deque
 from itertools import islice
@@ -29,22 +30,28 @@ def connect(address=""):
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
+        from ray._private import services, utils, worker
     except ModuleNotFoundError:
         raise InputError(NEEDED) from None
+    worker._worker_logs_enabled = False  # what its processes report would still come to stdout, between our lines
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if not _answers(address):  # Ray itself would try for minutes
-        raise InputError(f"no Ray cluster answers at {shown(address)}: give its head's address, HOST:PORT")
     try:
         if address:
-            ray.init(address, **quiet)
-        else:
-            ray.init(num_cpus=max(2, available_cores()), include_dashboard=False, **quiet)
+            found = services.canonicalize_bootstrap_address_or_die(address) if address == "auto" else address
+            if not _answers(found):  # Ray itself would try for minutes
+                raise InputError(f"no Ray cluster answers at {shown(found)}: give its head's address, HOST:PORT")
+            ray.init(found, **quiet)
+        else:  # whatever runs here already
+            ray.init("local", num_cpus=max(2, available_cores()), include_dashboard=False, **quiet)
+    except InputError:
+        raise
     except ConnectionError:
         raise InputError(
             "no Ray cluster runs here, or it has another token: start one (ray start --head), or give --ray alone"
         ) from None
     except Exception as error:  # Ray raises bare ones too, where a node does not start in time
         raise InputError(f"Ray does not start or answer: {_line(error)}") from None
+    utils.set_sigterm_handler(lambda *_: sys.exit(143))  # Ray's own writes a trace and aborts
     return ray
 
 

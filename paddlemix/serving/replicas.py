@@ -2,11 +2,14 @@
 """The service in several processes, on one machine or more, behind one address: Ray Serve spreads the requests."""
 
 import contextlib
+import os
+import socket
+import time
 
 from paddlemix.jobs.actors import NEEDED, connect
 from paddlemix.utils import InputError
 
-STARTED_S = 1800  # for the models to be loaded
+STARTED_S = 600  # for Ray's proxies to answer
 
 
 class Replicas:
@@ -28,16 +31,30 @@ class Replicas:
         self.host, self.port, self.address = host, port, address
 
     def __enter__(self):
-        ray = connect(self.address)
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # of 5, which a busy machine passes
+        with self._hold():
+            ray = connect(self.address)
+            try:
+                from ray import serve
+            except ModuleNotFoundError:  # Ray alone
+                raise InputError(NEEDED) from None
+            try:
+                self._run(ray, serve)
+            except BaseException:
+                self.__exit__()
+                raise
+
+    def _hold(self):
+        """A socket that keeps others from the port until Ray's proxy listens there, which binds beside it."""
+        held = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
-            from ray import serve
-        except ModuleNotFoundError:  # Ray alone
-            raise InputError(NEEDED) from None
-        try:
-            self._run(ray, serve)
-        except BaseException:
-            self.__exit__()
-            raise
+            if not self.address:  # a cluster may be another user's, who could not
+                held.bind((self.host, self.port))
+        except OSError:
+            held.close()
+            raise InputError(f"port {self.port} is not free yet: wait a minute, or give another --port") from None
+        return held
 
     def _run(self, ray, serve):
         import paddle
@@ -51,9 +68,7 @@ class Replicas:
                 f"{has.get('GPU' if on_card else 'CPU', 0):g}: take fewer --replicas"
             )
         cores = 1 if share < 2 else int(share)
-        quiet = serve.schema.LoggingConfig(enable_access_log=False, log_level="ERROR")
-        where = {"host": self.host, "port": self.port}
-        serve.start(proxy_location="EveryNode", http_options=where, logging_config=quiet)
+        self._start(ray, serve)
         deployment = serve.deployment(serve.ingress(self.make_app)()).options(
             name="emu3", num_replicas=self.count, max_ongoing_requests=1000,
             graceful_shutdown_timeout_s=self.drain_seconds, graceful_shutdown_wait_loop_s=0.5,
@@ -64,9 +79,22 @@ class Replicas:
         )  # fmt: skip
         try:
             serve.run(deployment.bind(), name="emu3", route_prefix="/", blocking=False)
-        except RuntimeError as error:
-            lines = [line.strip() for line in str(error).splitlines() if "InputError" in line]
-            raise InputError(lines[-1].split("InputError: ")[-1] if lines else "the replicas do not start") from None
+        except (RuntimeError, TimeoutError) as error:
+            raise InputError(_reason(error)) from None
+
+    def _start(self, ray, serve):
+        """The proxies. Ray gives up on one that takes a while, but starts it again by itself."""
+        quiet = serve.schema.LoggingConfig(enable_access_log=False, log_level="ERROR")
+        where, end = {"host": self.host, "port": self.port}, time.monotonic() + STARTED_S
+        while True:
+            try:
+                serve.start(proxy_location="EveryNode", http_options=where, logging_config=quiet)
+                return
+            except (ray.exceptions.RayActorError, TimeoutError) as error:
+                if time.monotonic() > end:
+                    raise InputError(_reason(error)) from None
+            except RuntimeError:  # the proxy's own
+                raise InputError(f"a machine of Ray has no port {self.port} free: give another --port") from None
 
     def __exit__(self, *exception):
         import ray
@@ -79,3 +107,8 @@ class Replicas:
             if not self.address:
                 serve.shutdown()
             ray.shutdown()
+
+
+def _reason(error):
+    lines = [line.strip() for line in str(error).splitlines() if "InputError: " in line]
+    return lines[-1].split("InputError: ")[-1] if lines else "the replicas do not start: is this machine busy?"
