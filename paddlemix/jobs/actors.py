@@ -42,7 +42,7 @@ def connect(address=""):
                 raise InputError(f"no Ray cluster answers at {shown(found)}: give its head's address, HOST:PORT")
             ray.init(found, **quiet)
         else:  # whatever runs here already
-            ray.init("local", num_cpus=max(2, available_cores()), include_dashboard=False, **quiet)
+            ray.init("local", num_cpus=own_resources()["CPU"], include_dashboard=False, **quiet)
     except InputError:
         raise
     except ConnectionError:
@@ -53,6 +53,13 @@ def connect(address=""):
         raise InputError(f"Ray does not start or answer: {_line(error)}") from None
     utils.set_sigterm_handler(lambda *_: sys.exit(143))  # Ray's own writes a trace and aborts
     return ray
+
+
+def own_resources():
+    """Of a Ray that `connect` starts, as it names them: known before that, which takes seconds."""
+    import paddle
+
+    return {"CPU": max(2, available_cores()), "GPU": paddle.device.cuda.device_count()}
 
 
 def _answers(address):
@@ -117,6 +124,8 @@ class Actors:
         self.held, self.turns = {}, {}  # of each actor the rows that it has; of each turn its actor
 
     def __enter__(self):
+        if not self.address:
+            self._find_count(own_resources(), 1)
         self.ray = connect(self.address)
         self._died = self.ray.exceptions.RayActorError, self.ray.exceptions.OutOfMemoryError
         try:
@@ -129,18 +138,23 @@ class Actors:
             raise
         return self
 
-    def _start(self):
+    def _find_count(self, has, machines):
+        """How many actors there will be. InputError where Ray would wait without a word."""
         import paddle
 
-        on_card, nodes = paddle.get_device() != "cpu", [node for node in self.ray.nodes() if node["Alive"]]
-        kind, has = ("GPU" if on_card else "CPU"), self.ray.available_resources()
-        free = int(has.get(kind, 0))
-        count = self.count or (free if on_card else len(nodes))
-        if count > free or not count:  # Ray would wait for them without a word
+        on_card = paddle.get_device() != "cpu"
+        free = int(has.get("GPU" if on_card else "CPU", 0))
+        count = self.count or (free if on_card else machines)
+        if count > free or not count:
             raise InputError(
                 f"{max(1, count)} workers need a {'card' if on_card else 'processor'} each, Ray has {free} free: take "
                 "fewer --workers, or wait for other jobs"
             )
+        return count, on_card
+
+    def _start(self):
+        has = self.ray.available_resources()
+        count, on_card = self._find_count(has, sum(node["Alive"] for node in self.ray.nodes()))
         threads = max(1, int(has.get("CPU", 1)) // count)
         self.actor = self.ray.remote(Actor).options(
             num_cpus=int(not on_card), num_gpus=int(on_card),

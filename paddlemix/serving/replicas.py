@@ -6,7 +6,7 @@ import os
 import socket
 import time
 
-from paddlemix.jobs.actors import NEEDED, connect
+from paddlemix.jobs.actors import NEEDED, connect, own_resources
 from paddlemix.utils import InputError
 
 STARTED_S = 600  # for Ray's proxies to answer
@@ -31,6 +31,8 @@ class Replicas:
         self.host, self.port, self.address = host, port, address
 
     def __enter__(self):
+        if not self.address:
+            self._find_share(own_resources())
         os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # of 5, which a busy machine passes
         with self._hold():
             ray = connect(self.address)
@@ -56,17 +58,21 @@ class Replicas:
             raise InputError(f"port {self.port} is not free yet: wait a minute, or give another --port") from None
         return held
 
-    def _run(self, ray, serve):
+    def _find_share(self, has):
+        """The processors of a replica, and whether it has a card. InputError where there are too few."""
         import paddle
 
-        has = ray.cluster_resources()
         on_card = paddle.get_device() != "cpu"
-        share = 1 if on_card else has.get("CPU", 0) / self.count  # of the processors of the cluster
+        share = 1 if on_card else has.get("CPU", 0) / self.count
         if share < 0.5 or on_card and has.get("GPU", 0) < self.count:
             raise InputError(
                 f"{self.count} replicas need {'a card' if on_card else 'half a processor'} each, Ray has "
                 f"{has.get('GPU' if on_card else 'CPU', 0):g}: take fewer --replicas"
             )
+        return share, on_card
+
+    def _run(self, ray, serve):
+        share, on_card = self._find_share(ray.cluster_resources())
         cores = 1 if share < 2 else int(share)
         self._start(ray, serve)
         deployment = serve.deployment(serve.ingress(self.make_app)()).options(
