@@ -5,6 +5,7 @@ An ordinary token is `bytes` (it may hold part of a character), a special token 
 """
 
 import base64
+import functools
 import json
 import os
 import re
@@ -81,42 +82,57 @@ def normalized(text):
     return unicodedata.normalize("NFC", text)
 
 
-def _lines(path):
-    """Each line of a file that is not blank: its place for an error message, and its bytes."""
-    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
-        if line.strip():
-            yield f"{path}, line {number}", line
+class _Broken(Exception):
+    """A file of the vocabulary cannot be read: its place in `_vocabulary`'s arguments, and what follows its path."""
 
 
-def _read_ranks(path):
+@functools.lru_cache(maxsize=2)
+def _vocabulary(ranks_file, specials_file):
+    """(id of each token, tokens by id, the first special id, tiktoken's encoding), of the bytes of the two files.
+
+    Models with the same files share them: to make them takes most of a second.
+    """
+    ranks, specials = _read_ranks(ranks_file), _read_specials(specials_file)
+    specials = {token: i for i, token in enumerate(specials, len(ranks))}
+    encoding = tiktoken.Encoding("emu3", pat_str="|".join(PIECES), mergeable_ranks=ranks, special_tokens=specials)
+    ids = {**ranks, **specials}
+    return ids, list(ids), len(ranks), encoding
+
+
+def _lines(data):
+    """(number, bytes) of each line that is not blank."""
+    return ((number, line) for number, line in enumerate(data.splitlines(), start=1) if line.strip())
+
+
+def _read_ranks(data):
     """The ordinary tokens and their ranks, which start at 0 and have no gaps: dict of bytes to int."""
     ranks = {}
-    for place, line in _lines(path):
+    for number, line in _lines(data):
         try:
             token, rank = line.split()
             token, rank = base64.b64decode(token, validate=True), int(rank)
         except ValueError:
-            raise InputError(f"{place}: expected base64 and a rank, got {reprlib.repr(line)}") from None
+            raise _Broken(0, f", line {number}: expected base64 and a rank, got {reprlib.repr(line)}") from None
         if rank != len(ranks):
-            raise InputError(f"{place}: expected rank {len(ranks)}, got {rank}: ranks count up, a line each")
+            raise _Broken(0, f", line {number}: expected rank {len(ranks)}, got {rank}: ranks count up, a line each")
         if token in ranks:
-            raise InputError(f"{place}: the token {token!r} already has rank {ranks[token]}")
+            raise _Broken(0, f", line {number}: the token {token!r} already has rank {ranks[token]}")
         ranks[token] = rank
     for byte in range(256):  # BPE starts from single bytes: tiktoken panics at one that is not a token
         if bytes([byte]) not in ranks:
-            raise InputError(f"{path}: no line holds the byte {byte:#04x}, each of the 256 must be a token")
+            raise _Broken(0, f": no line holds the byte {byte:#04x}, each of the 256 must be a token")
     return ranks
 
 
-def _read_specials(path):
+def _read_specials(data):
     """All special tokens in the order of their ids: list of str."""
     tokens = dict.fromkeys(TEXT_SPECIALS)
-    for place, line in _lines(path):
+    for number, line in _lines(data):
         token = line.decode("utf-8", errors="replace").strip()
         if not SPECIAL_FORM.fullmatch(token) or "\ufffd" in token:
-            raise InputError(f"{place}: expected a special token <|name|>, got {reprlib.repr(line)}")
+            raise _Broken(1, f", line {number}: expected a special token <|name|>, got {reprlib.repr(line)}")
         if token in tokens:
-            raise InputError(f"{place}: the special token {token} is there already")
+            raise _Broken(1, f", line {number}: the special token {token} is there already")
         tokens[token] = None
     return list(tokens)
 
@@ -173,20 +189,18 @@ class Emu3Tokenizer:
         self.errors, self.padding_side = errors, padding_side
         self.model_max_length, self.extra = model_max_length, extra
 
-        ranks = _read_ranks(Path(vocab_file))
-        specials = {token: i for i, token in enumerate(_read_specials(Path(special_tokens_file)), len(ranks))}
-        self.eod_id = len(ranks)  # <|endoftext|>, the first special id
-        self._ids = {**ranks, **specials}
-        self._tokens = list(self._ids)  # by id
-        self._encoding = tiktoken.Encoding(
-            "emu3", pat_str="|".join(PIECES), mergeable_ranks=ranks, special_tokens=specials
-        )
+        paths = Path(vocab_file), Path(special_tokens_file)
+        try:
+            self._ids, self._tokens, self.eod_id, self._encoding = _vocabulary(*map(read_bytes, paths))
+        except _Broken as broken:
+            which, words = broken.args
+            raise InputError(f"{paths[which]}{words}") from None
         roles = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         roles |= {"img_token": img_token, "boi_token": boi_token, "eoi_token": eoi_token}
         roles |= {"eol_token": eol_token, "eof_token": eof_token}
         self._roles = {name: t.get("content") if isinstance(t, dict) else t for name, t in roles.items()}
         for name, token in self._roles.items():
-            if not isinstance(token, str) or token not in specials:
+            if not isinstance(token, str) or self._ids.get(token, -1) < self.eod_id:
                 raise InputError(f"{name}={reprlib.repr(token)} is not one of the tokens in {SPECIAL_TOKENS_FILE}")
 
     @classmethod
