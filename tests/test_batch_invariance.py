@@ -78,9 +78,9 @@ def run(model, sequences, how="step", window=None, seed=None):
     return [(sequence.result, sequence.seen) for sequence in sequences]
 
 
-# Paddle's way of int4 is that of int8 on other numbers, and the slowest.
 CASES = [("float32", "operators"), ("bfloat16", "operators"), ("int8", "operators"), ("int4", "operators")]
-CASES += [("float32", "paddle"), ("bfloat16", "paddle"), ("int8", "paddle")]
+CASES += [("float32", "paddle"), ("int8", "paddle")]
+CASES += [pytest.param((dtype, "paddle"), marks=pytest.mark.long) for dtype in ("bfloat16", "int4")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
