@@ -1,10 +1,12 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """What every part of the package shares: the user's mistakes, batches of named tensors, safe writing."""
 
+import fcntl
 import json
 import os
 import reprlib
 import tempfile
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 
@@ -128,6 +130,27 @@ def pad_rows(rows, pad, side="left", length=0):
         ids[i, start : start + len(row)] = row
         mask[i, start : start + len(row)] = 1
     return ids, mask
+
+
+@contextmanager
+def alone_in(folder):
+    """Around a job: no other one begins in its folder meanwhile, and a kill ends it too. Where a file system has no
+    such locks none is refused.
+
+    InputError: another one goes on there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"another process writes into {folder} now: wait for it, end it, or give another") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_atomically(path, content):

@@ -1,13 +1,13 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The rows of a job in Parquet files: always the first so many of them, whenever it is killed."""
 
-import fcntl
 import json
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
-from paddlemix.utils import InputError, read_json, replacing, write_atomically
+from paddlemix.utils import InputError, alone_in, read_json, replacing, write_atomically
 
 from .pictures import ENDINGS, KINDS
 
@@ -43,25 +43,19 @@ class Shards:
         self.pictures = KINDS[images](self.folder) if images else None
 
     def __enter__(self):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
-        except OSError as error:
-            raise InputError(f"cannot write into {self.folder}: {error.strerror}; give another folder") from None
-        self._check_job()
-        for path in (*self.folder.glob(".part-*"), *self.folder.glob(".job-*")):  # what a kill has left
-            path.unlink()
-        self._read()
+        with ExitStack() as held:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(alone_in(self.folder))
+                self._check_job()
+            except OSError as error:
+                raise InputError(f"cannot write into {self.folder}: {error.strerror}; give another folder") from None
+            for path in (*self.folder.glob(".part-*"), *self.folder.glob(".job-*")):  # what a kill has left
+                path.unlink()
+            self._read()
+            self.held = held.pop_all()
         self.next = time.monotonic() + KEEP_EVERY
         return self
-
-    def _lock(self):
-        """Held until this process ends, also by a kill."""
-        self.lock = (self.folder / ".lock").open("a")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process writes into {self.folder} now: wait for it, or end it") from None
 
     def _check_job(self):
         path = self.folder / JOB
@@ -167,7 +161,7 @@ class Shards:
         write_atomically(self.folder / JOB, json.dumps({**self.job, "rows": self.count}, indent=2) + "\n")
 
     def __exit__(self, *exception):
-        with self.lock:
+        with self.held:
             try:
                 self.keep()
             finally:

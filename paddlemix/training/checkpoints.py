@@ -1,9 +1,7 @@
 # Licensed under the Apache License, Version 2.0; see LICENSE.
 """The checkpoints of a training run: folders that are there when they are whole, with all that is needed to go on."""
 
-import fcntl
 import json
-import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,26 +11,6 @@ from paddlemix.utils import InputError, read_json, write_atomically
 
 STATE = "training.json"
 OPTIMIZER = "optimizer-{:05d}-of-{:05d}.safetensors"
-
-
-@contextmanager
-def alone_in(folder):
-    """Around a run: no other one begins in its folder meanwhile. Where a file system has no such locks none is refused.
-
-    InputError: another run goes on there.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(f"another run goes on in {folder} now: wait for it, end it, or give another folder") from None
-    except OSError:
-        pass
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def save_checkpoint(folder, step, job, write_model, optimizer, ranks, limit):

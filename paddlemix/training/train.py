@@ -13,7 +13,7 @@ from pathlib import Path
 from paddlemix.machine import half_dtype, peak_memory, require_memory
 from paddlemix.models.emu3.parallel import Ranks
 from paddlemix.processors.prompts import Prompts
-from paddlemix.utils import InputError, shown
+from paddlemix.utils import InputError, alone_in, shown
 
 from .datasets import PreparedData, Rows, collate
 
@@ -39,8 +39,6 @@ def train(settings, stop, progress=False):
         InputError: what loading raises; data that does not fit the model; a checkpoint of another run; a loss or a
             gradient that is not a number, with the rows that it came from: nothing is written then.
     """
-    from .checkpoints import alone_in
-
     ranks, folder = Ranks(GOES_ON), Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
