@@ -76,6 +76,17 @@ def test_an_adapter_of_peft(language_dir):
     assert relative_error(logits_of(beside)[:, -1], golden("peft_adapter.npz")["logits"]) < 1e-6
 
 
+def test_targets_of_other_architectures_are_passed_over(language_dir, tmp_path):
+    """As PEFT does; recipes name the layers of several."""
+    shutil.copytree(PEFT, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "target_modules": [*values["target_modules"], "query_key_value"]}))
+    np.testing.assert_array_equal(
+        logits_of(load(language_dir, lora_path=tmp_path)), logits_of(load(language_dir, lora_path=PEFT))
+    )
+
+
 def test_saved_as_peft_saves(language_dir, tmp_path):
     """The same tensors under the same names, to the last bit, and the fields that PEFT computes by."""
     model = load(language_dir)
@@ -255,6 +266,7 @@ CONFIGS = {
     "no targets": ({"target_modules": None}, "target_modules must be names"),
     "a pattern": ({"target_modules": "("}, "target_modules must be names"),
     "another file": ({"peft_type": None}, "peft_type None is not supported"),
+    "too few layers": ({"target_modules": ["v_proj"]}, "layers.1.mlp.down_proj, which target_modules in adapter_"),
 }
 
 

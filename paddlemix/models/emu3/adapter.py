@@ -77,10 +77,10 @@ class LoraConfig:
     def scale(self):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
-    def chosen(self, names):
+    def chosen(self, names, all_found=True):
         """Those of the names of a model's linear layers that have an adapter, as PEFT chooses them.
 
-        InputError: one of target_modules is of none of them.
+        InputError: one of target_modules is of none of them, where all are to be found.
         """
         targets = self.target_modules
         if targets == "all-linear":
@@ -88,7 +88,7 @@ class LoraConfig:
         is_pattern, found = isinstance(targets, str), set()
         for target in [targets] if is_pattern else targets:
             of_it = {n for n in names if (re.fullmatch(target, n) if is_pattern else f".{n}".endswith(f".{target}"))}
-            if not of_it:
+            if all_found and not of_it:
                 kinds = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
                 raise InputError(f"target_modules: no linear layer is called {shown(target)}, there are {kinds}")
             found |= of_it
@@ -189,7 +189,10 @@ class Adapter:
         return cls(config, {name: (pair["A"], pair["B"]) for name, pair in arrays.items()}, path)
 
     def check(self, shapes):
-        """InputError where it is another model's. shapes: {name of a linear layer: [out, in]} of the model."""
+        """InputError where it is another model's, or PEFT would leave some of it out.
+
+        shapes: {name of a linear layer: [out, in]} of the model.
+        """
         for name, (a, b) in self.pairs.items():
             if name not in shapes:
                 raise InputError(
@@ -201,6 +204,12 @@ class Adapter:
                     f"{self.path}: the weights for {name} make [{len(b)}, {a.shape[1]}], the model has "
                     f"{list(shapes[name])}: the adapter is of another model"
                 )
+        left_out = sorted(self.pairs.keys() - self.config.chosen(shapes, all_found=False))
+        if left_out:
+            raise InputError(
+                f"{self.path} has weights for {left_out[0]}, which target_modules in {ADAPTER_CONFIG} leaves out: name "
+                "all layers there that the adapter is of"
+            )
 
     def write(self, directory, base_model=None):
         """Write both files, each whole or not at all. base_model: the name that PEFT loads the model by, or None."""
