@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -38,7 +39,7 @@ def test_two_replicas_give_the_pictures_of_the_pipeline():
             pytest.fail(f"{line}{server.communicate(timeout=60)}")
         assert line.endswith(", 2 replicas\n")
         url = line.split()[2].rstrip(",")
-        assert len(replicas()) == 2
+        assert [psutil.Process(number).nice() for number in replicas()] == [os.nice(0)] * 2
 
         def ask(seed):
             body = {"prompt": "a red circle", "seed": seed}

@@ -28,6 +28,7 @@ def connect(address=""):
     InputError: Ray is not installed, or cannot be started or reached.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of 15: beside any other program they would hardly run
     try:
         import ray
         from ray._private import services, utils, worker
