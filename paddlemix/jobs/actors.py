@@ -48,7 +48,8 @@ def connect(address=""):
         raise
     except ConnectionError:
         raise InputError(
-            "no Ray cluster runs here, or it has another token: start one (ray start --head), or give --ray alone"
+            "no Ray cluster answers, or it has another token: start one (ray start --head), set RAY_AUTH_MODE=token if "
+            "it has one, or give --ray alone"
         ) from None
     except Exception as error:  # Ray raises bare ones too, where a node does not start in time
         raise InputError(f"Ray does not start or answer: {_line(error)}") from None
