@@ -144,7 +144,8 @@ def alone_in(folder):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise InputError(f"another process writes into {folder} now: wait for it, end it, or give another") from None
+        reason = f"another process writes into {folder} now"
+        raise InputError(f"{reason}: wait for it, end it, or give another folder") from None
     except OSError:
         pass
     try:

@@ -642,7 +642,8 @@ def test_one_run_at_a_time_in_a_folder(data, tmp_path):
     begun = train(settings_of(data, tmp_path, max_steps=1), threading.Event())
     next(begun)
     before = (tmp_path / "log.jsonl").stat()
-    with pytest.raises(InputError, match="another process writes into .* now: wait for it, end it, or give another"):
+    words = "another process writes into .* now: wait for it, end it, or give another folder"
+    with pytest.raises(InputError, match=words):
         run(settings_of(data, tmp_path, max_steps=1))
     assert (tmp_path / "log.jsonl").stat() == before
     begun.close()

@@ -84,9 +84,9 @@ def main(args):
         engine, app = build(args, key, ranks)
         asyncio.run(_serve(app, engine, listener, args.drain_seconds))
         return
-    host, port = listener.getsockname()[:2]
-    listener.close()  # Ray's proxy takes it
     make_pipelines(args)  # a mistyped name is told here
+    host, port = listener.getsockname()[:2]
+    listener.close()  # for Ray's proxy
     replicate(args, key, host, port)
 
 
