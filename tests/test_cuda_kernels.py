@@ -56,15 +56,17 @@ def test_setup_collects_every_source(monkeypatch):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("sm", [80, pytest.param(90, marks=pytest.mark.long)])  # the code is the same for both
+@pytest.mark.parametrize("cards", [(80,), pytest.param((80, 90), marks=pytest.mark.long)], ids=str)
 @pytest.mark.parametrize("source", SOURCES)
-def test_compiles_for_cards(source, sm, tmp_path):
-    """No register is spilled, and what its C header names comes out."""
+def test_compiles_for_cards(source, cards, tmp_path):
+    """The same kernels for sm_80 and sm_90, no register spilled, and what its C header names comes out."""
+    targets = [word for sm in cards for word in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
     log = run(
-        NVCC, "-O3", "-std=c++17", "-Xcompiler=-fPIC", "-Xptxas=-v", f"-arch=sm_{sm}",
+        NVCC, "-O3", "-std=c++17", "-Xcompiler=-fPIC", "-Xptxas=-v", "--threads=2", *targets,
         "-I", OPS, "-c", OPS / source, "-o", tmp_path / "out.o",
     )  # fmt: skip
-    assert re.search(rf"Compiling entry function '\w+' for 'sm_{sm}'", log)
+    kernels = [set(re.findall(rf"Compiling entry function '(\w+)' for 'sm_{sm}'", log)) for sm in cards]
+    assert kernels[0] and all(of_card == kernels[0] for of_card in kernels)
     assert set(re.findall(r"\d+ bytes spill \w+", log)) == {"0 bytes spill stores", "0 bytes spill loads"}
     headers = "".join(path.read_text() for path in (OPS / source).parent.glob("*_cuda.h"))
     exported = re.findall(r" T (?!_Z)(\w+)", run("nm", "--defined-only", tmp_path / "out.o"))
